@@ -87,7 +87,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, batch: int, length: int
         raise ValueError(f"{op}: cu_seqlens needs packed input of batch 1, got batch {batch}")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != length or any(a > b for a, b in zip(ends, ends[1:])):
+        if ends[0] != 0 or ends[-1] != length or sorted(ends) != ends:
             raise ValueError(f"{op}: cu_seqlens must start at 0, never fall and end at T = {length}, got {ends[:8]}")
 
 

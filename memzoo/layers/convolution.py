@@ -1,0 +1,46 @@
+"""The short depthwise causal convolution that stands after the q, k and v projections of recurrent memories."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import causal_conv1d
+from .layout import TokenLayout
+from .state import LayerState
+
+
+class ShortConvolution(nn.Module):
+    """y = activation(causal depthwise convolution of x), [B, T, C] to [B, T, C].
+
+    Args:
+        channels: C.
+        width: taps, the token's own included.
+        name: under which the last width - 1 inputs are kept between calls.
+        activation: None or "silu".
+    """
+
+    def __init__(self, channels: int, width: int, name: str, activation: str | None = "silu"):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.name, self.activation = name, activation
+
+    def forward(self, x: Tensor, layout: TokenLayout, state: LayerState | None = None) -> Tensor:
+        y, last = causal_conv1d(
+            x,
+            self.weight.to(x.dtype),
+            activation=self.activation,
+            initial_state=None if state is None else state.get(self.name),
+            output_final_state=state is not None,
+            cu_seqlens=layout.cu_seqlens,
+        )
+        if state is not None:
+            state.set(self.name, last)
+        return y
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes kept for one sequence."""
+        return (self.weight.shape[1] - 1) * self.weight.shape[0] * itemsize
+
+    def extra_repr(self) -> str:
+        return f"channels={self.weight.shape[0]}, width={self.weight.shape[1]}, activation={self.activation}"

@@ -1,0 +1,116 @@
+"""The sDNC's external memory: a write-once, append-only table of keys and values, read by content (arXiv 2603.19272).
+
+The names are the DNC's (Graves et al. 2016): every token's feed-forward controller emits an interface vector (read keys q, a write key k,
+a write vector v, and what the extensions add); the write is one-hot at the next free row and erases nothing; H read heads address the rows
+by content. With every extension off this is causal softmax attention, exactly.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from ..kernels import attention, linked_attention
+from .layout import TokenLayout
+from .state import LayerState
+
+
+class ExternalMemory(nn.Module):
+    """Append each token's row, then read with every head; [B, T, hidden_size] to the same shape.
+
+    Args:
+        hidden_size: width of the input and the output.
+        num_heads: read heads.
+        num_key_value_heads: heads of the table; each serves num_heads / num_key_value_heads read heads.
+        head_dim: width of a row's key and of its value.
+        bias: biases on the four projections.
+        window: rows that a read can see, its own included; None for all.
+        learned_key_strength: key strength beta = oneplus(w x + b) a head and token (DNC), multiplying the logits.
+        cosine_addressing: content addressing by cosine similarity (DNC) instead of the inner product, scaled by sqrt(head_dim).
+        free_gates: each token emits a retention in (0, 1) a head, which lowers the weight of all older rows: a cumulative log-bias.
+        temporal_links: three reads mixed by a softmax over read modes (DNC): the rows written before, at and after the rows found by
+            content. Rows are written once and in order, so the link matrix is a shift.
+        read_steps: reads of the keys before the last, each result the next read key (modern Hopfield iteration, arXiv 2008.02217).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        *,
+        bias: bool = False,
+        window: int | None = None,
+        learned_key_strength: bool = False,
+        cosine_addressing: bool = False,
+        free_gates: bool = False,
+        temporal_links: bool = False,
+        read_steps: int = 1,
+    ):
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
+        self.window, self.cosine_addressing, self.read_steps = window, cosine_addressing, read_steps
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.strength_proj = nn.Linear(hidden_size, num_heads) if learned_key_strength else None
+        self.free_gate_proj = nn.Linear(hidden_size, num_heads) if free_gates else None
+        self.read_mode_proj = nn.Linear(hidden_size, num_heads * 3) if temporal_links else None
+
+    def forward(self, x: Tensor, layout: TokenLayout, state: LayerState | None = None) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)
+        k = self.k_proj(x).view(batch, length, self.num_key_value_heads, self.head_dim)
+        v = self.v_proj(x).view(batch, length, self.num_key_value_heads, self.head_dim)
+        if self.cosine_addressing:
+            q, k = (F.normalize(t.float(), dim=-1).to(x.dtype) for t in (q, k))
+        if layout.rotary is not None:
+            q, k = apply_rotary_pos_emb(q, k, *layout.rotary, unsqueeze_dim=2)
+        rows = {"key": k, "value": v}
+        if self.free_gate_proj is not None:
+            rows["log_retention"] = F.logsigmoid(self.free_gate_proj(x).float())
+
+        cu_seqlens, dense = layout.cu_seqlens, None
+        if state is not None:
+            # A window of w rows needs w - 1 old ones; the link to the row before the oldest needs one more.
+            keep = None if self.window is None else self.window
+            rows, keys = state.append(rows, layout, keep)
+            cu_seqlens, dense = keys.cu_seqlens, keys.dense
+        strength = None if self.strength_proj is None else 1 + F.softplus(self.strength_proj(x).float())
+        modes = None
+        if self.read_mode_proj is not None:
+            modes = self.read_mode_proj(x).float().view(batch, length, self.num_heads, 3).softmax(-1)
+        if dense is not None:
+            rows = {name: value.flatten(0, 1)[None] for name, value in rows.items()}
+            q, strength, modes = (None if t is None else t.flatten(0, 1)[None] for t in (q, strength, modes))
+
+        options = {
+            "scale": self.head_dim**0.5 if self.cosine_addressing else self.head_dim**-0.5,
+            "window": self.window,
+            "key_strength": strength,
+            "log_retention": rows.get("log_retention"),
+            "cu_seqlens": cu_seqlens,
+        }
+        for _ in range(self.read_steps - 1):
+            q = attention(q, rows["key"], rows["key"], **options)
+        if modes is None:
+            y = attention(q, rows["key"], rows["value"], **options)
+        else:
+            y = linked_attention(q, rows["key"], rows["value"], modes, **options)
+        return self.o_proj(y.reshape(batch, length, self.num_heads * self.head_dim))
+
+    def init_weights(self, init, std: float) -> None:
+        """Starting points of the gates: key strength near 1, nothing forgotten (retention 0.998), content reads favoured by none."""
+        if self.strength_proj is not None:
+            init.constant_(self.strength_proj.bias, -4.0)
+        if self.free_gate_proj is not None:
+            init.constant_(self.free_gate_proj.bias, 6.0)
+
+    def state_bytes(self, length: int, itemsize: int) -> int:
+        """Bytes kept for one sequence of `length` tokens in a type of `itemsize` bytes."""
+        rows = length if self.window is None else min(length, self.window)
+        row = 2 * self.num_key_value_heads * self.head_dim * itemsize
+        return rows * (row + (4 * self.num_heads if self.free_gate_proj is not None else 0))

@@ -1,0 +1,134 @@
+"""The linear Transformer's memory: one matrix a head, written by outer products (arXiv 2006.16236) or by the delta rule (2406.06484)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import delta_rule, linear_attention
+from .convolution import ShortConvolution
+from .layout import TokenLayout
+from .state import LayerState
+
+FEATURE_MAPS = {
+    "elu": lambda x: F.elu(x) + 1,
+    "relu": F.relu,
+    "identity": lambda x: x,
+}
+WRITE_RULES = ("additive", "delta", "gated_delta")
+
+
+class MatrixMemory(nn.Module):
+    """A matrix S [head_dim, value_head_dim] a head; [B, T, hidden_size] to the same shape.
+
+    S <- exp(g) S, then `additive` S += k v^T, or `delta` and `gated_delta` S += beta k (v - S^T k)^T; the read is S^T q, with `normalize`
+    divided by q^T z + 1e-6, where z sums the keys as S sums the writes.
+
+    Args:
+        hidden_size: width of the input and the output.
+        num_heads: memories.
+        head_dim: width of a key (rows of S).
+        value_head_dim: width of a value (columns of S).
+        bias: biases on the four projections.
+        feature_map: "elu" (elu + 1, the paper's), "relu" or "identity", on queries and keys.
+        normalize: divide by the summed keys; additive writes only.
+        write_rule: "additive", "delta", or "gated_delta" (delta after a decay).
+        decay: a data-dependent decay g <= 0 a head and token.
+        qk_norm: l2-normalise queries and keys after the feature map, which delta writes need to stay bounded.
+        conv_width: taps of a causal convolution with SiLU after each of the q, k, v projections; 0 for none.
+        output_norm: RMSNorm of each head's read.
+        output_gate: multiply the read by SiLU of a projection of the input.
+        norm_eps: of the output norm.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        value_head_dim: int,
+        *,
+        bias: bool = False,
+        feature_map: str = "elu",
+        normalize: bool = True,
+        write_rule: str = "additive",
+        decay: bool = False,
+        qk_norm: bool = False,
+        conv_width: int = 0,
+        output_norm: bool = False,
+        output_gate: bool = False,
+        norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.num_heads, self.head_dim, self.value_head_dim = num_heads, head_dim, value_head_dim
+        self.feature_map, self.normalize, self.write_rule, self.qk_norm = feature_map, normalize, write_rule, qk_norm
+        keys, values = num_heads * head_dim, num_heads * value_head_dim
+        self.q_proj = nn.Linear(hidden_size, keys, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, keys, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, values, bias=bias)
+        self.o_proj = nn.Linear(values, hidden_size, bias=bias)
+        self.convolutions = nn.ModuleDict(
+            {name: ShortConvolution(size, conv_width, f"conv_{name}") for name, size in (("q", keys), ("k", keys), ("v", values))}
+            if conv_width
+            else {}
+        )
+        self.beta_proj = nn.Linear(hidden_size, num_heads) if write_rule != "additive" else None
+        self.decay_proj = nn.Linear(hidden_size, num_heads, bias=False) if decay else None
+        if decay:
+            # g = -exp(log_rate) softplus(w x + step_bias), the parametrisation of Mamba-2 and gated DeltaNet.
+            self.decay_log_rate = nn.Parameter(torch.empty(num_heads))
+            self.decay_step_bias = nn.Parameter(torch.empty(num_heads))
+        self.output_norm = nn.RMSNorm(value_head_dim, eps=norm_eps) if output_norm else None
+        self.gate_proj = nn.Linear(hidden_size, values, bias=bias) if output_gate else None
+
+    def forward(self, x: Tensor, layout: TokenLayout, state: LayerState | None = None) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.convolutions:
+            q, k, v = (self.convolutions[name](t, layout, state) for name, t in (("q", q), ("k", k), ("v", v)))
+        q, k = (FEATURE_MAPS[self.feature_map](t.view(batch, length, self.num_heads, -1)) for t in (q, k))
+        v = v.view(batch, length, self.num_heads, -1)
+        if self.qk_norm:
+            q, k = (F.normalize(t.float(), dim=-1).to(x.dtype) for t in (q, k))
+        log_decay = None
+        if self.decay_proj is not None:
+            step = F.softplus(self.decay_proj(x).float() + self.decay_step_bias.float())
+            log_decay = -self.decay_log_rate.float().exp() * step
+        options = {"output_final_state": state is not None, "cu_seqlens": layout.cu_seqlens}
+        if state is not None and state.get("memory") is not None:
+            memory = state.get("memory")
+            options["initial_state"] = (memory, state.get("normalizer")) if self.normalize else memory
+        if self.write_rule == "additive":
+            y, last = linear_attention(q, k, v, log_decay, normalize=self.normalize, **options)
+        else:
+            beta = self.beta_proj(x).float().sigmoid()
+            y, last = delta_rule(q, k, v, beta, log_decay, **options)
+        if state is not None:
+            memory, normalizer = last if self.normalize else (last, None)
+            state.set("memory", memory)
+            if normalizer is not None:
+                state.set("normalizer", normalizer)
+        if self.output_norm is not None:
+            y = self.output_norm(y)
+        y = y.reshape(batch, length, -1)
+        if self.gate_proj is not None:
+            y = y * F.silu(self.gate_proj(x))
+        return self.o_proj(y)
+
+    def init_weights(self, init, std: float) -> None:
+        """Starting points: decay rates spread over the heads from 1 to 16 with step 0.01, filters uniform within 1 / sqrt(width)."""
+        for convolution in self.convolutions.values():
+            bound = convolution.weight.shape[1] ** -0.5
+            init.uniform_(convolution.weight, -bound, bound)
+        if self.decay_proj is not None:
+            rates = torch.linspace(1, 16, self.num_heads, device=self.decay_log_rate.device)
+            init.copy_(self.decay_log_rate, rates.log())
+            init.constant_(self.decay_step_bias, math.log(math.expm1(0.01)))
+
+    def state_bytes(self, length: int, itemsize: int) -> int:
+        """Bytes kept for one sequence, whatever its length; the memory is float32."""
+        held = 4 * self.num_heads * self.head_dim * (self.value_head_dim + (1 if self.normalize else 0))
+        return held + sum(convolution.state_bytes(itemsize) for convolution in self.convolutions.values())

@@ -1,0 +1,1 @@
+"""Hugging Face models: configuration and composition, one folder per architecture."""

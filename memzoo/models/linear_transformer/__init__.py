@@ -1,0 +1,1 @@
+"""The linear Transformer: a matrix memory a head, with additive, delta or gated delta writes."""
