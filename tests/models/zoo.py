@@ -1,0 +1,72 @@
+"""Small configurations of every architecture, with gates that start large so that a leak would show."""
+
+import torch
+
+from memzoo import preset
+from memzoo.models.registry import architecture
+
+_SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 61,
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+}
+
+CONFIGS = {
+    "sdnc": ("sdnc-tiny", {}),
+    "sdnc-window": ("sdnc-tiny", {"sliding_window": 5, "num_key_value_heads": 1}),
+    "sdnc-link": ("sdnc-link-tiny", {}),
+    "sdnc-link-window": ("sdnc-link-tiny", {"sliding_window": 4}),
+    "sdnc-extended": (
+        "sdnc-link-tiny",
+        {
+            "num_key_value_heads": 1,
+            "position_embedding": "rotary",
+            "learned_key_strength": True,
+            "cosine_addressing": True,
+            "free_gates": True,
+            "read_steps": 2,
+        },
+    ),
+    "linear-transformer": ("linear-transformer-tiny", {}),
+    "linear-transformer-decay": (
+        "linear-transformer-tiny",
+        {"decay": True, "normalize": False, "feature_map": "identity", "conv_width": 3, "output_norm": True},
+    ),
+    "linear-transformer-normalized-decay": (
+        "linear-transformer-tiny",
+        {"decay": True, "feature_map": "relu", "value_head_dim": 24},
+    ),
+    "linear-transformer-delta": ("linear-transformer-delta-tiny", {}),
+    "linear-transformer-gated-delta": ("linear-transformer-gated-delta-tiny", {}),
+}
+NAMES = list(CONFIGS)
+
+
+def config(name, **overrides):
+    base, changes = CONFIGS[name]
+    return preset(base, **{**_SMALL, **changes, **overrides})
+
+
+def model(name, dtype=torch.float32, scale=6.0, **overrides):
+    """A causal language model with weights `scale` times the usual: gates far from their starting points, outputs of order one."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    built = AutoModelForCausalLM.from_config(config(name, **overrides)).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
+    return built
+
+
+def covered_model_types():
+    return {config(name).model_type for name in NAMES}
+
+
+def architecture_of(name):
+    return architecture(config(name).model_type)
