@@ -1,5 +1,8 @@
 """Operators: tensors in, tensors out, on torch and Triton alone. See each function's docstring for shapes, options and source."""
 
+from .attention import attention, linked_attention
 from .causal_conv1d import causal_conv1d
+from .delta_rule import delta_rule
+from .linear_attention import linear_attention
 
-__all__ = ["causal_conv1d"]
+__all__ = ["attention", "causal_conv1d", "delta_rule", "linear_attention", "linked_attention"]
