@@ -53,6 +53,12 @@ step() {
 
 [[ $extras =~ ^[a-z]+(,[a-z]+)*$ ]] || fail "extras '$extras' are not names with commas between, such as train,eval"
 
+# One set-up at a time in one checkout: a second one waits, then finds the environment ready.
+if command -v flock >/dev/null 2>&1; then
+  exec 9<"$root"
+  flock 9
+fi
+
 stamp=$venv/.memzoo-$extras
 for done in "$venv/.memzoo-dev" "$stamp"; do
   if [[ -f $done && $(cat "$done") == "$(key)" && -n $(fitting_torch "$venv/bin/python") ]]; then
@@ -67,7 +73,9 @@ fi
 
 if ! fits "$venv/bin/python"; then
   python='' lacking=''
-  for candidate in ${MEMZOO_PYTHON:-python3 python3.11 python3.12 python3.13 python3.10}; do
+  candidates=(python3 python3.11 python3.12 python3.13 python3.10)
+  [[ -z ${MEMZOO_PYTHON:-} ]] || candidates=("$MEMZOO_PYTHON")
+  for candidate in "${candidates[@]}"; do
     fits "$candidate" || continue
     if missing=$("$candidate" -c '
 import importlib
@@ -84,7 +92,7 @@ for name in ("venv", "ensurepip", "ctypes", "lzma", "ssl"):
     lacking=${lacking:-"$candidate ($(version_of "$candidate")) lacks its module $missing"}
   done
   if [[ -z $python && -n $lacking ]]; then
-    fail "$lacking; install it (Debian, Ubuntu: apt install python3-venv) or set MEMZOO_PYTHON to another Python from 3.10 to 3.13"
+    fail "$lacking; install it (Debian, Ubuntu: apt install python3-venv) or set MEMZOO_PYTHON to another Python, 3.10 to 3.13"
   fi
   [[ -n $python ]] || fail "no Python from 3.10 to 3.13 found; install one, or set MEMZOO_PYTHON to it"
   say "making $venv with Python $(version_of "$python")"

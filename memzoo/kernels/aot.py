@@ -98,17 +98,51 @@ def _work(job: tuple[str, int, int]) -> dict[str, object]:
         return {"operator": operator, "kernel": spec.name, "target": f"sm_{capability}", "error": f"does not compile: {line}"}
 
 
-def markdown(rows: list[dict[str, object]]) -> str:
+HEADER = """# Kernels: what the compiler says of each, and where they have run
+
+Made by `python -m memzoo.kernels.aot --markdown docs/kernels.md` with Triton {version}; do not edit by hand. Every entry of every launch
+table is compiled for each target without a GPU, and `tests/test_compile.py` does the same in each test run: it must compile, spill
+nothing, and fit the target's shared memory. Registers are per thread; another Triton version gives somewhat other figures.
+
+## Validated on
+
+An operator is validated on a machine when the tests marked `gpu` passed there (`scripts/gpu_check.sh`); compiling proves no numbers.
+{status}
+
+| operator | validated on |
+|---|---|
+{validated}
+
+## Compiled
+"""
+
+
+def validated_on(operator: str, checks: list[dict]) -> str:
+    """The machines whose GPU check passed for one operator, from the JSON files that `scripts/gpu_check.sh` writes."""
+    passed = [check for check in checks if check.get("operators", {}).get(operator) == "passed"]
+    machines = [f"{c['gpu']} (torch {c['versions']['torch']}, Triton {c['versions']['triton']})" for c in passed]
+    return ", ".join(dict.fromkeys(machines)) or "not validated on a GPU"
+
+
+def markdown(rows: list[dict[str, object]], checks: list[dict]) -> str:
+    """The kernel table: a header, where each operator has run, and every compiled entry."""
+    import triton
+
+    operators = list(dict.fromkeys(str(row["operator"]) for row in rows))
+    validated = [f"| {operator} | {validated_on(operator, checks)} |" for operator in operators]
+    status = "No kernel has been validated on a GPU yet." if not any(f.get("operators") for f in checks) else ""
     lines = [
-        "| kernel | target | warps | stages | registers | spilled | shared (B) | matrix instructions |",
+        HEADER.format(version=triton.__version__, status=status, validated="\n".join(validated)),
+        "| kernel | target | warps | stages | registers | spilled (B) | shared (B) | matrix instructions |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {r['kernel']} | {r['target']} | {r['warps']} | {r['stages']} | {r['registers']} | {r['spilled_bytes']} "
-        f"| {r['shared_bytes']} | {r['matrix_instructions']} |"
-        for r in rows
-        if not r.get("error")
-    ]
+    for row in rows:
+        head = f"| {row['kernel']} | {row['target']} |"
+        if row.get("error"):
+            lines.append(f"{head} {row['error']} | | | | | |")
+            continue
+        names = ("warps", "stages", "registers", "spilled_bytes", "shared_bytes", "matrix_instructions")
+        lines.append(f"{head} {' | '.join(str(row[name]) for name in names)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -119,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes (default: one a core)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--gpu-checks", default="benchmarks/gpu_check*.json", help="files that say what ran on a GPU")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
@@ -134,13 +169,12 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(row)
             found = faults(row)
             figures = "" if row.get("error") else f"{row['registers']} registers, {row['shared_bytes']} B shared"
-            print(
-                f"{'FAULT' if found else 'ok':5} {row['target']:6} {row['kernel']}: {'; '.join(found) or figures}", flush=True
-            )
+            print(f"{'FAULT' if found else 'ok':5} {row['target']:6} {row['kernel']}: {'; '.join(found) or figures}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(rows))
+        checks = [json.loads(path.read_text()) for path in sorted(Path().glob(arguments.gpu_checks))]
+        arguments.markdown.write_text(markdown(rows, checks))
     bad = sum(bool(faults(row)) for row in rows)
     print(f"{len(rows)} entries, {bad} with a fault")
     return 1 if bad else 0
