@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +39,11 @@ class ShortConvolution(nn.Module):
         if state is not None:
             state.set(self.name, last)
         return y
+
+    def init_weights(self, init: Any) -> None:
+        """Uniform within 1 / sqrt(width), as torch's convolutions start."""
+        bound = self.weight.shape[1] ** -0.5
+        init.uniform_(self.weight, -bound, bound)
 
     def state_bytes(self, itemsize: int) -> int:
         """Bytes kept for one sequence."""

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ..kernels import attention, linked_attention
+from .gate import Gate
 from .layout import TokenLayout
+from .precision import wide
 from .state import LayerState
 
 
@@ -56,9 +58,10 @@ class ExternalMemory(nn.Module):
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
-        self.strength_proj = nn.Linear(hidden_size, num_heads) if learned_key_strength else None
-        self.free_gate_proj = nn.Linear(hidden_size, num_heads) if free_gates else None
-        self.read_mode_proj = nn.Linear(hidden_size, num_heads * 3) if temporal_links else None
+        # Starting points: key strength 1.02, retention 0.998, the three read modes alike.
+        self.strength_proj = Gate(hidden_size, num_heads, start=-4.0) if learned_key_strength else None
+        self.free_gate_proj = Gate(hidden_size, num_heads, start=6.0) if free_gates else None
+        self.read_mode_proj = Gate(hidden_size, num_heads * 3) if temporal_links else None
 
     def forward(self, x: Tensor, layout: TokenLayout, state: LayerState | None = None) -> Tensor:
         batch, length, _ = x.shape
@@ -66,12 +69,12 @@ class ExternalMemory(nn.Module):
         k = self.k_proj(x).view(batch, length, self.num_key_value_heads, self.head_dim)
         v = self.v_proj(x).view(batch, length, self.num_key_value_heads, self.head_dim)
         if self.cosine_addressing:
-            q, k = (F.normalize(t.float(), dim=-1).to(x.dtype) for t in (q, k))
+            q, k = (F.normalize(wide(t), dim=-1).to(x.dtype) for t in (q, k))
         if layout.rotary is not None:
             q, k = apply_rotary_pos_emb(q, k, *layout.rotary, unsqueeze_dim=2)
         rows = {"key": k, "value": v}
         if self.free_gate_proj is not None:
-            rows["log_retention"] = F.logsigmoid(self.free_gate_proj(x).float())
+            rows["log_retention"] = F.logsigmoid(wide(self.free_gate_proj(x)))
 
         cu_seqlens, dense = layout.cu_seqlens, None
         if state is not None:
@@ -79,10 +82,10 @@ class ExternalMemory(nn.Module):
             keep = None if self.window is None else self.window
             rows, keys = state.append(rows, layout, keep)
             cu_seqlens, dense = keys.cu_seqlens, keys.dense
-        strength = None if self.strength_proj is None else 1 + F.softplus(self.strength_proj(x).float())
+        strength = None if self.strength_proj is None else 1 + F.softplus(wide(self.strength_proj(x)))
         modes = None
         if self.read_mode_proj is not None:
-            modes = self.read_mode_proj(x).float().view(batch, length, self.num_heads, 3).softmax(-1)
+            modes = wide(self.read_mode_proj(x)).view(batch, length, self.num_heads, 3).softmax(-1)
         if dense is not None:
             rows = {name: value.flatten(0, 1)[None] for name, value in rows.items()}
             q, strength, modes = (None if t is None else t.flatten(0, 1)[None] for t in (q, strength, modes))
@@ -101,13 +104,6 @@ class ExternalMemory(nn.Module):
         else:
             y = linked_attention(q, rows["key"], rows["value"], modes, **options)
         return self.o_proj(y.reshape(batch, length, self.num_heads * self.head_dim))
-
-    def init_weights(self, init, std: float) -> None:
-        """Starting points of the gates: key strength near 1, nothing forgotten (retention 0.998), content reads favoured by none."""
-        if self.strength_proj is not None:
-            init.constant_(self.strength_proj.bias, -4.0)
-        if self.free_gate_proj is not None:
-            init.constant_(self.free_gate_proj.bias, 6.0)
 
     def state_bytes(self, length: int, itemsize: int) -> int:
         """Bytes kept for one sequence of `length` tokens in a type of `itemsize` bytes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from ..kernels import delta_rule, linear_attention
 from .convolution import ShortConvolution
+from .gate import Gate
 from .layout import TokenLayout
+from .precision import wide
 from .state import LayerState
 
 FEATURE_MAPS = {
@@ -75,7 +78,7 @@ class MatrixMemory(nn.Module):
             if conv_width
             else {}
         )
-        self.beta_proj = nn.Linear(hidden_size, num_heads) if write_rule != "additive" else None
+        self.beta_proj = Gate(hidden_size, num_heads) if write_rule != "additive" else None
         self.decay_proj = nn.Linear(hidden_size, num_heads, bias=False) if decay else None
         if decay:
             # g = -exp(log_rate) softplus(w x + step_bias), the parametrisation of Mamba-2 and gated DeltaNet.
@@ -92,11 +95,11 @@ class MatrixMemory(nn.Module):
         q, k = (FEATURE_MAPS[self.feature_map](t.view(batch, length, self.num_heads, -1)) for t in (q, k))
         v = v.view(batch, length, self.num_heads, -1)
         if self.qk_norm:
-            q, k = (F.normalize(t.float(), dim=-1).to(x.dtype) for t in (q, k))
+            q, k = (F.normalize(wide(t), dim=-1).to(x.dtype) for t in (q, k))
         log_decay = None
         if self.decay_proj is not None:
-            step = F.softplus(self.decay_proj(x).float() + self.decay_step_bias.float())
-            log_decay = -self.decay_log_rate.float().exp() * step
+            step = F.softplus(wide(self.decay_proj(x)) + wide(self.decay_step_bias))
+            log_decay = -wide(self.decay_log_rate).exp() * step
         options = {"output_final_state": state is not None, "cu_seqlens": layout.cu_seqlens}
         if state is not None and state.get("memory") is not None:
             memory = state.get("memory")
@@ -104,7 +107,7 @@ class MatrixMemory(nn.Module):
         if self.write_rule == "additive":
             y, last = linear_attention(q, k, v, log_decay, normalize=self.normalize, **options)
         else:
-            beta = self.beta_proj(x).float().sigmoid()
+            beta = wide(self.beta_proj(x)).sigmoid()
             y, last = delta_rule(q, k, v, beta, log_decay, **options)
         if state is not None:
             memory, normalizer = last if self.normalize else (last, None)
@@ -118,14 +121,10 @@ class MatrixMemory(nn.Module):
             y = y * F.silu(self.gate_proj(x))
         return self.o_proj(y)
 
-    def init_weights(self, init, std: float) -> None:
-        """Starting points: decay rates spread over the heads from 1 to 16 with step 0.01, filters uniform within 1 / sqrt(width)."""
-        for convolution in self.convolutions.values():
-            bound = convolution.weight.shape[1] ** -0.5
-            init.uniform_(convolution.weight, -bound, bound)
+    def init_weights(self, init: Any) -> None:
+        """Starting points of the decay: rates spread over the heads from 1 to 16, steps of 0.01."""
         if self.decay_proj is not None:
-            rates = torch.linspace(1, 16, self.num_heads, device=self.decay_log_rate.device)
-            init.copy_(self.decay_log_rate, rates.log())
+            init.copy_(self.decay_log_rate, torch.linspace(1, 16, self.num_heads, device=self.decay_log_rate.device).log())
             init.constant_(self.decay_step_bias, math.log(math.expm1(0.01)))
 
     def state_bytes(self, length: int, itemsize: int) -> int:

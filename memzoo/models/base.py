@@ -3,8 +3,6 @@
 An architecture brings a mixer (`make_mixer`); everything else is here. A block is x + mixer(norm(x)), then x + mlp(norm(x)).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -43,7 +41,7 @@ class MemzooBlock(GradientCheckpointingLayer):
 class MemzooPreTrainedModel(PreTrainedModel):
     """Weights, saving and loading of every architecture."""
 
-    config: MemzooConfig
+    config: MemzooConfig  # transformers reads this annotation, so this file must not postpone annotations
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MemzooBlock"]
@@ -63,8 +61,9 @@ class MemzooPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.RMSNorm) and module.weight is not None:
             init.ones_(module.weight)
+        # Each module starts its own parameters: transformers marks a child's as done before it comes to the parent.
         if hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
-            module.init_weights(init, self.config.initializer_range)
+            module.init_weights(init)
 
     def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
         """Bytes that one sequence of `length` tokens keeps between calls, in all layers; `dtype` defaults to the weights' type."""

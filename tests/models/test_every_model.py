@@ -188,7 +188,7 @@ def test_packed_equals_separate(name):
             assert_close(model(packed, **given).logits[0], alone, 1e-9, str(list(given)))
         losses = [model(row[None], labels=row[None], use_cache=False).loss * (len(row) - 1) for row in rows if len(row) > 1]
         expected = sum(losses) / sum(n - 1 for n in lengths if n > 1)
-        assert_close(model(packed, labels=packed, cu_seqlens=cu_seqlens).loss, expected, 1e-9)
+        assert_close(model(packed, labels=packed, cu_seqlens=cu_seqlens).loss, expected, 1e-6)  # transformers' loss is float32
 
 
 @every_model
@@ -202,7 +202,7 @@ def test_packed_gradients_equal_separate(name):
     packed = torch.cat(rows, dim=1)
     model(packed, labels=packed, cu_seqlens=torch.tensor([0, 5, 17])).loss.backward()
     for key, value in model.named_parameters():
-        assert_close(value.grad, expected[key], 1e-8, key)
+        assert_close(value.grad, expected[key], 1e-6, key)  # transformers' loss is float32
 
 
 @every_model

@@ -1,7 +1,5 @@
 """The linear Transformer: a MatrixMemory in every block of the shared stack (arXiv 2006.16236; delta writes 2406.06484, 2412.06464)."""
 
-from __future__ import annotations
-
 from ...layers.matrix_memory import MatrixMemory
 from ..base import MemzooForCausalLM, MemzooModel
 from .configuration_linear_transformer import LinearTransformerConfig

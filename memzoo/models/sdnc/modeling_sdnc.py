@@ -1,7 +1,5 @@
 """The sDNC: an ExternalMemory in every block of the shared stack (arXiv 2603.19272)."""
 
-from __future__ import annotations
-
 from ...layers.external_memory import ExternalMemory
 from ..base import MemzooForCausalLM, MemzooModel
 from .configuration_sdnc import SDNCConfig
