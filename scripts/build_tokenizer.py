@@ -75,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     tokenizer = build()
-    tokenizer.save(str(args.output / "tokenizer.json"))
+    tokenizer.save(str(args.output / "tokenizer.json"), pretty=False)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": PAD,

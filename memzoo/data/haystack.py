@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,9 +13,12 @@ from .text import prose
 __all__ = ["NOISE", "Haystack"]
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-ABBREVIATIONS = frozenset("Mr. Mrs. Ms. Dr. St. Esq. Messrs. No. Vol. etc. viz. i.e. e.g.".split())
+ABBREVIATIONS = frozenset(("Mr.", "Mrs.", "Ms.", "Dr.", "St.", "Esq.", "Messrs.", "No.", "Vol.", "etc.", "viz.", "i.e.", "e.g."))
 SENTENCE_END = re.compile(r"[.!?][\"')]*$")
 SENTENCE_START = re.compile(r"[\"'(]*[A-Z]")
+
+
+_KEPT: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class Haystack:
@@ -40,8 +44,10 @@ class Haystack:
 
     @classmethod
     def of(cls, kind: str, split: str, tokenizer) -> Haystack:
-        """The haystack for this tokenizer, made at the first call (about a second for prose) and kept with the tokenizer."""
-        kept = tokenizer.__dict__.setdefault("_memzoo_haystacks", {})
+        """The haystack for this tokenizer, made at the first call (about a second for prose) and kept as long as the tokenizer is."""
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"needle documents need a fast tokenizer, {type(tokenizer).__name__} is not one")
+        kept = _KEPT.setdefault(tokenizer, {})
         if (kind, split) not in kept:
             kept[kind, split] = cls(kind, split, tokenizer)
         return kept[kind, split]

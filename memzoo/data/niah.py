@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -131,28 +132,17 @@ def prompt(needle: Needle, context: str) -> str:
     return f"{HEADER.format(singular=needle.values[:-1])}\n{context}\n{needle.question}"
 
 
-def largest_fit(measure: Callable[[int], int], guess: int, limit: int) -> int:
-    """The largest n >= 0 with measure(n) <= limit, for a measure that grows with n; -1 if there is none."""
-    n = max(guess, 0)
-    step = 1
-    while n >= 0 and measure(n) > limit:
-        n -= step
-        step *= 2
-    low = max(n, -1)  # fits, or nothing does
-    if low == -1 and measure(0) > limit:
-        return -1
-    low = max(low, 0)
-    step = 1
-    while measure(low + step) <= limit:
-        low += step
-        step *= 2
-    high = low + step  # does not fit
+def _largest_fit(measure: Callable[[int], int], guess: int, limit: int) -> int:
+    """The largest n >= 1 with measure(n) <= limit, where measure grows with n and measure(1) <= limit, looked for near `guess`."""
+    low, step = max(guess, 1), 1
+    while low > 1 and measure(low) > limit:
+        low, step = max(low - step, 1), 2 * step
+    high, step = low + 1, 1
+    while measure(high) <= limit:
+        low, high, step = high, high + step, 2 * step
     while high - low > 1:
         middle = (low + high) // 2
-        if measure(middle) <= limit:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if measure(middle) <= limit else (low, middle)
     return low
 
 
@@ -207,13 +197,14 @@ def make_sample(
     def build(units: int) -> str:
         return prompt(needle, haystack.text(start, units, [(haystack.place(start, units, depth), needle.sentence)]))
 
+    @cache
     def measure(units: int) -> int:
         return len(tokenizer(f"{build(units)} {needle.prefix}").input_ids)
 
     shortest = measure(1)
     if shortest > budget:
         raise ValueError(f"{task}: length {length} is too short for the template, needs at least {shortest + reserve}")
-    units = largest_fit(measure, haystack.units_within(start, budget - shortest), budget)
+    units = _largest_fit(measure, haystack.units_within(start, budget - shortest), budget)
     return {
         "input": build(units),
         "gen_prefix": needle.prefix,
@@ -248,3 +239,9 @@ def needle_samples(
 def score(sample: dict, answer: str) -> float:
     """1.0 if the value is a part of the answer (case aside), as RULER scores, else 0.0."""
     return float(sample["outputs"][0].lower() in answer.lower())
+
+
+def answer_tokens(sample: dict, tokenizer) -> int:
+    """Tokens that a model has to generate to say the value of a sample."""
+    start = f"{sample['input']} {sample['gen_prefix']}"[-400:]
+    return len(tokenizer(f"{start} {sample['value']}").input_ids) - len(tokenizer(start).input_ids)
