@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 256
+SCORES = 2**18  # scores a block holds at a time: they are passed over several times, so they should stay in a core's cache
+MIN_BLOCK, MAX_BLOCK = 32, 256  # query rows
 
 
 def attention_chunked(
@@ -155,12 +156,10 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx, dy):
         q, k, v, read_modes, key_strength, log_retention, offsets = ctx.saved_tensors
         scale, window, prefix = ctx.options
-        queries, keys, values, modes, strength, fade = _head_major(
-            q, k, v, read_modes, key_strength, log_retention, offsets, scale
-        )
+        queries, keys, values, modes, strength, fade = _head_major(q, k, v, read_modes, key_strength, log_retention, offsets, scale)
         dy = _grouped(dy.to(queries.dtype), k.shape[2])
         dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
-        dq, dmodes, fades = [], [], []
+        dq, dmodes = [], []
         columns = None if fade is None else torch.zeros_like(fade[1])
         for block in _blocks(q, k, window, prefix, read_modes is not None, offsets):
             weights = block.weights(queries, keys, fade)
@@ -249,8 +248,10 @@ def _head_major(q, k, v, read_modes, key_strength, log_retention, offsets, scale
 
 def _blocks(q, k, window, prefix, links, offsets):
     queries, keys = q.shape[1], k.shape[1]
-    for start in range(0, queries, BLOCK):
-        yield _Block(start, min(start + BLOCK, queries), queries, keys, window, prefix, int(links), offsets, q.device)
+    seen = keys if window is None else min(window + prefix + MIN_BLOCK, keys)
+    size = max(MIN_BLOCK, min(MAX_BLOCK, SCORES // (q.shape[0] * q.shape[2] * seen)))
+    for start in range(0, queries, size):
+        yield _Block(start, min(start + size, queries), queries, keys, window, prefix, int(links), offsets, q.device)
 
 
 def _packed(q, k, v, read_modes, scale, window, prefix, key_strength, log_retention, cu_seqlens) -> Tensor:
