@@ -24,7 +24,7 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def parse_length(text: str) -> int:
-    """"512", "4k" (4,096) or "1m" (1,048,576) as a number of tokens; ValueError for anything else or less than 1."""
+    """ "512", "4k" (4,096) or "1m" (1,048,576) as a number of tokens; ValueError for anything else or less than 1."""
     scale = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
     digits = text if scale == 1 else text[:-1]
     if not digits.isascii() or not digits.isdigit() or int(digits) < 1:
@@ -43,11 +43,7 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str | None = No
 
     import memzoo  # noqa: F401  (after this the Auto classes know every memzoo model)
 
-    name, folder = str(path), Path(path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"{name} is not a model: it has no config.json")
-    if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise ValueError(f"there is no model at {name}: no such folder")
+    name = _check_place(path)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype {dtype!r} is unknown, needs auto, float32, bfloat16 or float16")
     try:
@@ -56,6 +52,16 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str | None = No
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"no model could be loaded from {name}: {lines[0]}") from error
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def _check_place(path: str | Path) -> str:
+    """The path or hub name as text; ValueError if it names a folder that is not there or holds no model."""
+    name, folder = str(path), Path(path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(f"{name} is not a model: it has no config.json")
+    if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise ValueError(f"there is no model at {name}: no such folder")
+    return name
 
 
 def evaluate_niah(
@@ -100,13 +106,12 @@ def evaluate_niah(
         ValueError: no model or tokenizer there, an unknown task, a depth outside 0 to 1, or a length too short, in one line.
     """
     find_format(task)
-    path = str(model) if isinstance(model, (str, Path)) else None
-    if path is not None:
+    path = None
+    if isinstance(model, (str, Path)):
         # The cheap things first: a missing folder or tokenizer should not wait for weights and lm-eval.
-        if Path(path).exists() or tokenizer is not None:
-            tokenizer = _tokenizer(tokenizer if tokenizer is not None else path, trust_remote_code)
+        path = _check_place(model)
+        tokenizer = _tokenizer(path if tokenizer is None else tokenizer, trust_remote_code)
         model = load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        tokenizer = tokenizer if tokenizer is not None else _tokenizer(path, trust_remote_code)
     tokenizer = _tokenizer(tokenizer, trust_remote_code)
     started = time.perf_counter()
     settings = {"samples": samples, "seed": seed, "batch_size": batch_size, **difficulty}
@@ -311,16 +316,13 @@ def heat_map(results: dict | Sequence[dict], path: str | Path) -> None:
             side.set_visible(False)
         panel.set_xlabel("length (tokens)")
         panel.set_ylabel("depth of the needle")
-        parameters = f", {_short_count(result['parameters'])} parameters" if result.get("parameters") else ""
-        panel.set_title(f"{result['name']}{parameters}\n{result['task']}: {result['accuracy']:.2f}", fontsize=10, loc="left")
         trained = result.get("training_length")
         inside = sum(n <= trained for n in lengths) if trained else 0
         if inside:
             panel.axvline(inside - 0.5, color="#222222", linestyle=(0, (4, 3)), linewidth=1.4)
-            panel.annotate(
-                f"trained at {_short(trained)}", (inside - 0.5, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3),
-                textcoords="offset points", ha="center", va="bottom", fontsize=7, color="#222222",
-            )  # fmt: skip
+        parameters = f", {_short_count(result['parameters'])} parameters" if result.get("parameters") else ""
+        note = f", trained at {_short(trained)} (dashed)" if inside else ""
+        panel.set_title(f"{result['name']}{parameters}\n{result['task']}: {result['accuracy']:.2f}{note}", fontsize=10, loc="left")
     figure.colorbar(image, ax=list(panels[: len(results)]), label="accuracy", shrink=0.9, pad=0.02)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ PATTERN = (
     r"|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-SURE = 3000  # counts high enough that a symbol is certain
+SURE = 200  # a pair this frequent is merged long before the last symbol is given out
 
 
 def corpus() -> Iterator[str]:

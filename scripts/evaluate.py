@@ -1,11 +1,12 @@
 """Scores models on needles in a haystack by length and depth: one table, one JSON file and one heat map.
 
-    python scripts/evaluate.py runs/linear runs/titans --suite niah --lengths 512,1k,2k,4k --depths 0,0.25,0.5,0.75,1 --samples 20 --out results
+python scripts/evaluate.py runs/linear runs/titans --suite niah --lengths 512,1k,2k,4k --depths 0,0.25,0.5,0.75,1 --samples 20 --out results
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -40,14 +41,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     from memzoo.evaluation import DEPTHS, LENGTHS, SUITES, parse_length
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or hub name of a causal language model with its tokenizer")
-    parser.add_argument("--suite", default="niah", choices=sorted(SUITES), help="which needle tasks (default: niah, RULER's niah_single_2)")
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="folder or hub name of a causal language model with its tokenizer"
+    )
+    parser.add_argument(
+        "--suite", default="niah", choices=sorted(SUITES), help="which needle tasks (default: niah, RULER's niah_single_2)"
+    )
     parser.add_argument("--lengths", type=numbers(parse_length), default=list(LENGTHS), help="tokens, such as 512,1k,64k")
     parser.add_argument("--depths", type=numbers(share), default=list(DEPTHS), help="shares of the haystack before the needle")
     parser.add_argument("--samples", type=positive, default=10, help="documents for every length and depth (default: 10)")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for results.json and heatmap.png (default: results)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), help="folder for results.json and heatmap.png (default: results)"
+    )
     parser.add_argument("--tokenizer", help="folder or name; the model's own by default")
-    parser.add_argument("--training-length", type=parse_length, help="marked in the heat map; the config's training_length by default")
+    parser.add_argument(
+        "--training-length", type=parse_length, help="marked in the heat map; the config's training_length by default"
+    )
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; a GPU where there is one by default")
@@ -60,6 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    os.environ.setdefault("TQDM_DELAY", "3600")  # lm-eval's own bars stay away; read when tqdm is imported
     args = parse(arguments)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -72,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     tasks = SUITES[args.suite]
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=console) as bar:
+        with Progress(*columns, console=console, transient=True) as bar:
             total = bar.add_task("loading", total=len(args.models) * len(tasks) * len(set(args.lengths)))
             for model in args.models:
                 for task in tasks:
@@ -83,11 +93,22 @@ def main(arguments: list[str] | None = None) -> int:
 
                     results.append(
                         evaluate_niah(
-                            model, args.lengths, args.depths, args.samples, task=task, tokenizer=args.tokenizer,
-                            batch_size=args.batch_size, dtype=args.dtype, device=args.device, seed=args.seed,
-                            training_length=args.training_length, trust_remote_code=args.trust_remote_code, progress=report,
-                            value_digits=args.value_digits, key_words=args.key_words,
-                        )  # fmt: skip
+                            model,
+                            args.lengths,
+                            args.depths,
+                            args.samples,
+                            task=task,
+                            tokenizer=args.tokenizer,
+                            batch_size=args.batch_size,
+                            dtype=args.dtype,
+                            device=args.device,
+                            seed=args.seed,
+                            training_length=args.training_length,
+                            trust_remote_code=args.trust_remote_code,
+                            progress=report,
+                            value_digits=args.value_digits,
+                            key_words=args.key_words,
+                        )
                     )
                     save_results(results, args.out / "results.json")  # what is done is kept, whatever comes after
     except (ValueError, OSError) as error:
@@ -115,7 +136,12 @@ def table(results: list[dict]):
         by_length = {row["length"]: row["accuracy"] for row in result["lengths"]}
         cells = [f"{by_length[n]:.2f}" if n in by_length else "-" for n in lengths]
         grid.add_row(
-            result["name"], result["task"], f"{result['parameters']:,}", *cells, f"{result['accuracy']:.2f}", f"{result['seconds']:.1f}"
+            result["name"],
+            result["task"],
+            f"{result['parameters']:,}",
+            *cells,
+            f"{result['accuracy']:.2f}",
+            f"{result['seconds']:.1f}",
         )
     return grid
 

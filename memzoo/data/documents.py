@@ -61,21 +61,21 @@ class NeedleDocuments:
         self.difficulty = {"value_digits": value_digits, "key_words": key_words}
         self.haystack = Haystack.of(find_format(task).haystack, split, tokenizer)
         self._pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        # What a document costs without its haystack. Others may cost a little more or less; `document` settles that.
-        self._frame = len(self._encode(*self._compose(0, 0)[:2])[0])
+        self._grain = max(8.0, self.haystack.cost(0, 1))  # tokens that padding may make up for without a second look
+        # What a document costs without its haystack. Others may cost a little more or less; `__getitem__` settles that.
+        self._frame = len(self._encode(*self._compose(0, 0.0))[0])
         if self._frame >= length:
             shortest = self._frame + int(np.ceil(self.haystack.cost(0, 1)))
             raise ValueError(
                 f"{task}: length {length} is too short for {needles} needles and {self.queries} queries, needs {shortest}"
             )
 
-    def _compose(self, index: int, units: int | None = None) -> tuple[str, list[tuple[int, int]], int]:
-        """Document `index` with `units` units of haystack (as many as should fit if None): text, where its answers are, units."""
+    def _compose(self, index: int, room: float) -> tuple[str, list[tuple[int, int]]]:
+        """The text of document `index` with about `room` tokens of haystack, and where its answers are, in characters."""
         rng = np.random.default_rng([self.seed, index])
         needles = draw_needles(self.task, rng, self.needles, **self.difficulty)
         start, depths, asked = self.haystack.draw(rng), rng.random(self.needles), rng.permutation(self.needles)[: self.queries]
-        if units is None:
-            units = max(self.haystack.units_within(start, self.length - self._frame), 0)
+        units = self.haystack.units_within(start, room)
         inserts = [(self.haystack.place(start, units, depth), needle.sentence) for depth, needle in zip(depths, needles)]
         text = f"{header(self.task)}\n{self.haystack.text(start, units, inserts)}\n"
         answers = []
@@ -84,7 +84,7 @@ class NeedleDocuments:
             text += f"{needle.question} {needle.prefix}" if final else needle.prefix
             answers.append((len(text), len(text) + len(needle.value) + 2))
             text += f" {needle.value}." + ("" if final else "\n")
-        return text, answers, units
+        return text, answers
 
     def _encode(self, text: str, answers: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
         """Ids and labels of a text and the end-of-text token."""
@@ -104,15 +104,16 @@ class NeedleDocuments:
         """Document `index` (0 or more): input_ids and labels, both of `length`; labels are -100 where nothing is learned."""
         if index < 0:
             raise IndexError(f"document {index}: needs 0 or more")
-        text, answers, units = self._compose(index)
-        ids, labels = self._encode(text, answers)
-        while len(ids) > self.length:
-            if units == 0:
+        room, tried = float(self.length - self._frame), False
+        while True:
+            ids, labels = self._encode(*self._compose(index, room))
+            spare = self.length - len(ids)
+            if spare >= 0 and (tried or spare <= self._grain):
+                break
+            if spare < 0 and room <= 0:
                 raise ValueError(f"{self.task}: length {self.length} is too short for document {index}, needs {len(ids)}")
-            text, answers, units = self._compose(index, max(units - max(1, (len(ids) - self.length) // 4), 0))
-            ids, labels = self._encode(text, answers)
-        padding = self.length - len(ids)
-        return {"input_ids": ids + [self._pad] * padding, "labels": labels + [IGNORED] * padding}
+            room, tried = max(room + spare, 0.0), True
+        return {"input_ids": ids + [self._pad] * spare, "labels": labels + [IGNORED] * spare}
 
     def stream(self, start: int = 0) -> Iterator[dict[str, list[int]]]:
         """Documents from `start` on, without end: resume with the number of documents already seen."""

@@ -33,7 +33,8 @@ class Haystack:
     def __init__(self, kind: str, split: str, tokenizer) -> None:
         if kind == "repeat":
             self.units, self.separator, starts = [NOISE], "\n", [0]
-            costs = np.array([len(tokenizer.backend_tokenizer.encode(f"{NOISE}\n{NOISE}\n{NOISE}", add_special_tokens=False)) / 3])
+            one, two = (len(tokenizer(text, add_special_tokens=False).input_ids) for text in (NOISE, f"{NOISE}\n{NOISE}"))
+            costs = np.array([two - one])
         else:
             paragraphs = [p.split() for p in prose(split).splitlines()]
             self.units, self.separator = [word for p in paragraphs for word in p], " "

@@ -19,7 +19,7 @@ def build(task: str, **metadata) -> dict[str, Dataset]:
     """The test documents of a task. Metadata: max_seq_lengths, depths, samples (a cell), seed, value_digits, key_words, tokenizer."""
     tokenizer = metadata.get("tokenizer") or metadata.get("pretrained") or metadata.get("model")
     if not isinstance(tokenizer, str):
-        raise ValueError(f"memzoo_{task} sizes its documents by tokens: pass --metadata '{{\"tokenizer\": \"...\"}}'")
+        raise ValueError(f'memzoo_{task} sizes its documents by tokens: pass --metadata \'{{"tokenizer": "..."}}\'')
     settings = {key: metadata[key] for key in SETTINGS if key in metadata}
     lengths = metadata.get("max_seq_lengths", (512, 1024, 2048, 4096))
     tokenizer = load_tokenizer(tokenizer, trust_remote_code=str(metadata.get("trust_remote_code")).lower() == "true")
