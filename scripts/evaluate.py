@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 
-def numbers(kind):
+def reader(kind, several: bool = True):
+    """`kind` for argparse, on one text or on parts with commas between them, with the message of its ValueError kept."""
+
     def read(text: str):
         try:
-            return [kind(part.strip()) for part in text.split(",")]
+            return [kind(part.strip()) for part in text.split(",")] if several else kind(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -47,15 +49,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--suite", default="niah", choices=sorted(SUITES), help="which needle tasks (default: niah, RULER's niah_single_2)"
     )
-    parser.add_argument("--lengths", type=numbers(parse_length), default=list(LENGTHS), help="tokens, such as 512,1k,64k")
-    parser.add_argument("--depths", type=numbers(share), default=list(DEPTHS), help="shares of the haystack before the needle")
+    parser.add_argument("--lengths", type=reader(parse_length), default=list(LENGTHS), help="tokens, such as 512,1k,64k")
+    parser.add_argument("--depths", type=reader(share), default=list(DEPTHS), help="shares of the haystack before the needle")
     parser.add_argument("--samples", type=positive, default=10, help="documents for every length and depth (default: 10)")
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder for results.json and heatmap.png (default: results)"
     )
     parser.add_argument("--tokenizer", help="folder or name; the model's own by default")
     parser.add_argument(
-        "--training-length", type=parse_length, help="marked in the heat map; the config's training_length by default"
+        "--training-length",
+        type=reader(parse_length, several=False),
+        help="marked in the heat map; the config's training_length by default",
     )
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
