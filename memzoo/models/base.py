@@ -129,7 +129,7 @@ class MemzooModel(MemzooPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]
         if batch == 0 or length == 0:
-            raise ValueError(f"{type(self).__name__}: input has shape {[batch, length]}, needs at least one sequence and one token")
+            raise ValueError(f"{type(self).__name__}: input has shape {[batch, length]}, needs at least one sequence and at least one token")
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
         if past_key_values is not None and not isinstance(past_key_values, MemoryCache):
