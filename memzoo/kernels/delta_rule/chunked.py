@@ -1,9 +1,9 @@
 """The delta rule chunk by chunk in plain torch: what a CPU runs, forward and backward.
 
 Inside a chunk that starts from state S, with G the running sum of log-decays and e_ij = exp(G_i - G_j) for j <= i, the writes are
-`D_i = beta_i (v_i - exp(G_i) S^T k_i - sum_{j<i} e_ij <k_i, k_j> D_j)`: a unit lower-triangular system `(I + A) D = beta V - beta exp(G) K S`,
-so `D = U - W S`. Then `y = scale (exp(G) Q S + (e . Q K^T) D)` and the next state is `(exp(G_C) I - K_C^T W) S + K_C^T U`,
-`K_C = exp(G_C - G) K`: one matrix product a chunk is all that runs in sequence. Every exponent is at most 0.
+`D_i = beta_i (v_i - exp(G_i) S^T k_i - sum_{j<i} e_ij <k_i, k_j> D_j)`: a unit lower-triangular system with the solution `D = U - W S`.
+Then `y = scale (exp(G) Q S + (e . Q K^T) D)`, and the next state is `(exp(G_C) I - K_C^T W) S + K_C^T U` with `K_C = exp(G_C - G) K`:
+one matrix product a chunk is all that runs in sequence. Every exponent is at most 0.
 """
 
 from __future__ import annotations

@@ -12,17 +12,19 @@ strictly lower, has entries of at most 1 for unit keys and `beta <= 2`; with it 
     dK = (-exp(G) dV S^T - E K) + (exp(G_C - G) D dS'^T + F^T Q - E^T K);   dG = rows of q . dQ + k . (first part of dK - second part)
 
 Phi comes from exact block elimination: 1 x 1 blocks are merged in pairs up to C x C, `Phi_21 = (I - Phi_22 beta) M_21 (I - beta Phi_11)`.
-There is no power series, so keys that are all the same stay exact.
+There is no power series, so keys that are all the same stay exact. In bf16 the merges run in tf32, whose error stays below that of storing
+Phi in bf16 for `beta <= 1`; between 1 and 2 with keys that are nearly all the same it can reach a few percent.
 
-Kernels: `prepare` (a chunk a program) writes Phi and P; `sweep` (a sequence, head and tile of Dv a program) carries the state in registers;
-the backward runs both again, `sweep` now writing S and R, then `reverse` carries dS back and `inputs` forms dQ, dK, dbeta and dG a chunk a
-program. Only inputs are saved. Storing Phi (2 C B a token and head in bf16) instead of `W = Phi-solved keys` and `U` saves 4 (Dk + Dv) - 4 C B.
+Kernels: `prepare` (a chunk a program) writes Phi and P; `sweep` (a sequence, head and tile of Dv a program) carries the state in registers.
+The backward saves only inputs: it runs both again, `sweep` now writing S and R; `reverse` carries dS back and writes dS', X and dV; `pairs`
+(a chunk a program) writes F, E and dbeta; `inputs` (a chunk and tile of Dk a program) writes dQ, dK and dG. F, E, Phi and P pass
+through memory because they are needed transposed as well, and because 2 C bytes a token and head cost less than forming them for each tile.
 
-Bytes a token and head in bf16 at Dk = Dv = D, C = 64: forward reads q, k, v and writes y (8 D), q and k once more and Phi, P written and
-read (4 D + 512): 2,048 B at D = 128 against a compulsory 1,024 B. Backward: 14 D compulsory, 8 D^2 / C for S and dS, R and X written and
-read, and inputs read again: about 9 kB at D = 128. Operations forward: 2 C D for K K^T and Q K^T each, 10 C^2 for Phi at the tf32 rate,
-6 D^2 + 4 C D for the sweep: 0.17 MFLOP at D = 128. At 4.3 TB/s and 790 TFLOP/s both floors of the forward are about 0.24 to 0.48 ns a token
-and head; the sweep's chain of five dependent products a chunk rules when there are few sequences and heads.
+For each token and head in bf16, Dk = Dv = D, in brackets at D = 128, C = 64:
+    forward   12 D + 8 C bytes (2,048; compulsory 8 D = 1,024)             6 D^2 + 8 C D + 20 C^2 operations (246 k, 82 k of them tf32)
+    backward  40 D + 18 C + 8 D^2 / C bytes (8,320; compulsory 1,792)      16 D^2 + 22 C D + 20 C^2 operations (524 k)
+At 4.3 TB/s and 790 TFLOP/s bytes decide: 0.48 ns forward (compulsory 0.24) and 1.9 ns backward. With few sequences and heads the chain of
+dependent products in `sweep` and `reverse`, three to four a chunk, decides instead. A step reads and writes the state once: 8 Dk Dv bytes.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.checks import MAX_HEAD_DIM
 from ..common.dispatch import interpreting
 from ..common.launch import CompileSpec, Launch, LaunchTable, capability_of, next_power_of_2
 from ..common.packing import chunk_indices
@@ -328,7 +331,7 @@ def _pairs_kernel(
     e *= strength[None, :] * strength[:, None]
     if HAS_DECAY:
         g = _gate(cumulative, row, head, H, valid, BT)
-        decay = tl.exp(tl.where(i >= j, (g[:, None] - g[None, :]).to(tl.float32), 0.0))
+        decay = tl.exp(tl.where((i >= j) & (i < valid), (g[:, None] - g[None, :]).to(tl.float32), 0.0))
         f *= decay
         e *= decay
     _store(asked, tl.where(i >= j, f, 0.0), row, head, H, 0, BT, valid, BT, BT)
@@ -449,7 +452,9 @@ class _Call:
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.numel() - 1
         self.capability = capability_of(q.device)
         self.size = _padded(self.key_dim)
-        self.chunk = PREPARE.lookup(self.size, self.capability).blocks["BT"]
+        # float32 takes twice the room of what the tables are made for: the smallest tiles there are.
+        self.entry = self.size if q.dtype != torch.float32 or interpreting() else MAX_HEAD_DIM
+        self.chunk = PREPARE.lookup(self.entry, self.capability).blocks["BT"]
         self.cu_seqlens, self.chunks, self.starts = cu_seqlens, None, None
         if cu_seqlens is None:
             self.chunk_count = self.batch * triton.cdiv(self.length, self.chunk)
@@ -466,7 +471,7 @@ class _Call:
 
     def launch(self, table: LaunchTable) -> tuple[dict[str, object], int, int]:
         """(options, tiles of Dk, tiles of Dv) of a kernel: its table's entry, tiles no larger than the padded head dimensions."""
-        launch = table.lookup(self.size, self.capability)
+        launch = table.lookup(self.entry, self.capability)
         blocks = {"BK": self.size, **launch.blocks}
         blocks["BK"] = min(blocks["BK"], self.size)
         blocks["BV"] = min(blocks.get("BV", 16), _padded(self.value_dim))
