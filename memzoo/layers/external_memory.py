@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ..kernels import attention, linked_attention
+from ..kernels.common.packing import pack, unpack
 from .gate import Gate
 from .layout import TokenLayout
 from .precision import wide
@@ -110,3 +111,52 @@ class ExternalMemory(nn.Module):
         rows = length if self.window is None else min(length, self.window)
         row = 2 * self.num_key_value_heads * self.head_dim * itemsize
         return rows * (row + (4 * self.num_heads if self.free_gate_proj is not None else 0))
+
+
+class ReadFromMemory(nn.Module):
+    """A memory that an encoder wrote once and that is only read: content reads over all its rows; [B, T, hidden_size] to the same shape.
+
+    Args:
+        hidden_size: width of the input, of the encoder's states and of the output.
+        num_heads, num_key_value_heads, head_dim, bias: as in ExternalMemory.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int, *, bias: bool = False):
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor, layout: TokenLayout, state: LayerState | None = None) -> Tensor:
+        keys, values, mask = self._rows(layout, state)
+        total, cu_seqlens = x.shape[1], layout.cu_seqlens
+        if cu_seqlens is not None:  # row n reads the memory of encoder row n
+            x = unpack(x, cu_seqlens)
+        if x.shape[0] != keys.shape[0]:
+            raise ValueError(f"ReadFromMemory: {keys.shape[0]} encoded sequences for {x.shape[0]} sequences that read them")
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        # Every row may be read, so this is plain attention without order: torch has it.
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+        y = self.o_proj(y.transpose(1, 2).flatten(2))
+        return y if cu_seqlens is None else pack(y, cu_seqlens, total)
+
+    def _rows(self, layout: TokenLayout, state: LayerState | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values [B, Hk, S, D] and the mask [B, 1, 1, S]: from the encoder's states, or as an earlier call wrote them."""
+        if state is not None and state.get("read_from_key") is not None:
+            return state.get("read_from_key"), state.get("read_from_value"), state.get("read_from_mask")
+        if layout.encoded is None:
+            raise ValueError("ReadFromMemory: nothing was written; pass encoder_hidden_states [B, S, hidden_size] to the model")
+        encoded, mask = layout.encoded
+        keys, values = (
+            proj(encoded).unflatten(-1, (self.num_key_value_heads, self.head_dim)).transpose(1, 2)
+            for proj in (self.k_proj, self.v_proj)
+        )
+        mask = None if mask is None else (mask != 0)[:, None, None, :]
+        if state is not None:
+            state.set("read_from_key", keys)
+            state.set("read_from_value", values)
+            if mask is not None:
+                state.set("read_from_mask", mask)
+        return keys, values, mask

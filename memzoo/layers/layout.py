@@ -19,11 +19,13 @@ class TokenLayout:
         position_ids: each token's place in its own sequence, [B, T] or [1, total].
         cu_seqlens: boundaries of the rows, [N + 1], or None when dense.
         rotary: cosines and sines for the positions, computed once for all layers, or None.
+        encoded: an encoder's states [B, S, d] and their mask [B, S] or None, for layers with a read-from memory; None if not given.
     """
 
     position_ids: Tensor
     cu_seqlens: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    encoded: tuple[Tensor, Tensor | None] | None = field(default=None, repr=False)
 
 
 def indices_of_real_tokens(mask: Tensor) -> tuple[Tensor, Tensor]:

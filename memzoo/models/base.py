@@ -3,6 +3,7 @@
 An architecture brings a mixer (`make_mixer`); everything else is here. A block is x + mixer(norm(x)), then x + mlp(norm(x)).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,17 +25,21 @@ logger = logging.get_logger(__name__)
 
 
 class MemzooBlock(GradientCheckpointingLayer):
-    """One memory and one gated MLP, each behind an RMSNorm and a residual connection."""
+    """One memory and one gated MLP, each behind an RMSNorm and a residual connection; between them a reader of what an encoder wrote."""
 
-    def __init__(self, config: MemzooConfig, mixer: nn.Module):
+    def __init__(self, config: MemzooConfig, mixer: nn.Module, reader: nn.Module | None = None):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = mixer
+        self.reader_norm = None if reader is None else nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.reader = reader
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
     def forward(self, hidden_states: Tensor, layout: TokenLayout, state: LayerState | None = None) -> Tensor:
         hidden_states = hidden_states + self.mixer(self.mixer_norm(hidden_states), layout, state)
+        if self.reader is not None:
+            hidden_states = hidden_states + self.reader(self.reader_norm(hidden_states), layout, state)
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
@@ -80,7 +85,8 @@ class MemzooModel(MemzooPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
-            MemzooBlock(config, self.make_mixer(config, index)) for index in range(config.num_hidden_layers)
+            MemzooBlock(config, self.make_mixer(config, index), self.make_reader(config))
+            for index in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         rotary = getattr(config, "position_embedding", "none") == "rotary"
@@ -92,6 +98,11 @@ class MemzooModel(MemzooPreTrainedModel):
     def make_mixer(config: Any, index: int) -> nn.Module:
         """The memory of layer `index`: called as mixer(hidden_states, layout, state), with a method `state_bytes(length, itemsize)`."""
         raise TypeError("MemzooModel is the base of the architectures; build one of them, such as SDNCModel")
+
+    @staticmethod
+    def make_reader(config: Any) -> nn.Module | None:
+        """What reads an encoder's states in every block, called as the mixer is; None where an architecture has no such thing."""
+        return None
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -110,6 +121,8 @@ class MemzooModel(MemzooPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of every token; zeros at pads.
@@ -122,6 +135,8 @@ class MemzooModel(MemzooPreTrainedModel):
             past_key_values: a MemoryCache, grown in place.
             cu_seqlens: boundaries [N + 1] of sequences packed into a batch of 1; also taken as `cu_seq_lens_q`, the name that
                 transformers' packing collators give.
+            encoder_hidden_states: what a read-from memory holds, [B, S, hidden_size], with encoder_attention_mask [B, S]; only for
+                configurations with `add_cross_attention`, and only needed by the first call of a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(f"{type(self).__name__}: give exactly one of input_ids and inputs_embeds")
@@ -129,7 +144,9 @@ class MemzooModel(MemzooPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]
         if batch == 0 or length == 0:
-            raise ValueError(f"{type(self).__name__}: input has shape {[batch, length]}, needs at least one sequence and at least one token")
+            raise ValueError(
+                f"{type(self).__name__}: input has shape {[batch, length]}, needs at least one sequence and at least one token"
+            )
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
         if past_key_values is not None and not isinstance(past_key_values, MemoryCache):
@@ -162,6 +179,10 @@ class MemzooModel(MemzooPreTrainedModel):
         hidden_states, layout, places, real = self._lay_out(
             inputs_embeds, attention_mask, position_ids, past_key_values, cu_seqlens
         )
+        if encoder_hidden_states is not None:
+            if not getattr(self.config, "add_cross_attention", False):
+                raise ValueError(f"{type(self).__name__}: encoder_hidden_states need a configuration with add_cross_attention=True")
+            layout = replace(layout, encoded=(encoder_hidden_states, encoder_attention_mask))
         collected = []
         for index, block in enumerate(self.layers):
             if output_hidden_states:
@@ -272,6 +293,8 @@ class MemzooForCausalLM(MemzooPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab_size] (of the last `logits_to_keep` tokens, or those it indexes), and with labels [B, T] the loss.
@@ -290,6 +313,8 @@ class MemzooForCausalLM(MemzooPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
             output_hidden_states=kwargs.pop("output_hidden_states", None),
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])

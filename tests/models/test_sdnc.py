@@ -152,3 +152,57 @@ def test_a_windows_cache_stays_bounded():
         for t in range(5):
             model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
     assert cache.state_bytes() == full == model.state_bytes(40) == model.state_bytes(10**6)
+
+
+def with_reader(**changes):
+    return zoo.model("sdnc-link", torch.float64, add_cross_attention=True, **changes)
+
+
+def test_a_read_from_memory_is_attention_over_the_encoders_rows():
+    model = with_reader()
+    reader = model.model.layers[0].reader
+    x, encoded = torch.randn(5, 32, dtype=torch.float64), torch.randn(7, 32, dtype=torch.float64)
+    from memzoo.layers.layout import TokenLayout
+
+    with torch.no_grad():
+        actual = reader(x[None], TokenLayout(torch.arange(5)[None], encoded=(encoded[None], None)))[0]
+        q, k, v = reader.q_proj(x), reader.k_proj(encoded), reader.v_proj(encoded)
+        heads = []
+        for h in range(2):
+            part = slice(16 * h, 16 * (h + 1))
+            heads.append((q[:, part] @ k[:, part].T / 4).softmax(-1) @ v[:, part])
+        assert_close(actual, reader.o_proj(torch.cat(heads, -1)))
+
+
+def test_a_read_from_memory_ignores_pads_on_both_sides_and_decodes():
+    model = with_reader()
+    rows = [torch.randint(1, 61, (n,)) for n in (4, 9)]
+    encoded = [torch.randn(n, 32, dtype=torch.float64) for n in (6, 2)]
+    padded, padded_mask = torch.zeros(2, 6, 32, dtype=torch.float64), torch.zeros(2, 6, dtype=torch.long)
+    ids, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
+    for i in range(2):
+        padded[i, : len(encoded[i])], padded_mask[i, : len(encoded[i])] = encoded[i], 1
+        ids[i, 9 - len(rows[i]) :], mask[i, 9 - len(rows[i]) :] = rows[i], 1
+    given = {"encoder_hidden_states": padded, "encoder_attention_mask": padded_mask}
+    with torch.no_grad():
+        together = model(ids, attention_mask=mask, **given).logits
+        for i in range(2):
+            alone = model(rows[i][None], encoder_hidden_states=encoded[i][None]).logits[0]
+            assert_close(together[i, mask[i].bool()], alone, 1e-9)
+        cache = model(ids[:, :7], attention_mask=mask[:, :7], use_cache=True, **given).past_key_values
+        assert_close(model(ids[:, 7:], attention_mask=mask, past_key_values=cache).logits, together[:, 7:], 1e-9)
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "num_beams": 2}
+    assert torch.equal(model.generate(ids, **given, **options), model.generate(ids, use_cache=False, **given, **options))
+
+
+def test_a_read_from_memory_needs_an_encoder_and_an_encoder_a_memory():
+    with pytest.raises(ValueError, match="pass encoder_hidden_states"):
+        with_reader()(torch.ones(1, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="add_cross_attention=True"):
+        zoo.model("sdnc")(torch.ones(1, 3, dtype=torch.long), encoder_hidden_states=torch.zeros(1, 2, 32))
+    model = with_reader()
+    model.gradient_checkpointing_enable()
+    encoded = torch.randn(1, 4, 32, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(1, 61, (1, 6))
+    model.train()(ids, labels=ids, encoder_hidden_states=encoded).loss.backward()
+    assert encoded.grad.any()

@@ -288,7 +288,7 @@ def test_bad_input_is_one_clear_line(name):
         }),
     ]  # fmt: skip
     for kind, message, arguments in cases:
-        with pytest.raises(kind, match=".*") as error:
+        with pytest.raises(kind) as error:
             model(**arguments)
         assert message in str(error.value) and "\n" not in str(error.value)
 

@@ -18,6 +18,7 @@ class SDNCConfig(MemzooConfig):
         free_gates: retention of old rows as a cumulative log-bias (after the DNC's free gates).
         temporal_links: backward, content and forward reads mixed by read modes (DNC).
         read_steps: reads a layer; beyond 1 each result of reading the keys is the next read key (modern Hopfield iteration).
+        add_cross_attention: every block also reads a memory that an encoder wrote (`encoder_hidden_states`).
     """
 
     model_type = "sdnc"
@@ -31,6 +32,7 @@ class SDNCConfig(MemzooConfig):
     free_gates: bool = False
     temporal_links: bool = False
     read_steps: int = 1
+    add_cross_attention: bool = False
 
     def derive(self) -> None:
         super().derive()

@@ -1,6 +1,6 @@
 """The sDNC: an ExternalMemory in every block of the shared stack (arXiv 2603.19272)."""
 
-from ...layers.external_memory import ExternalMemory
+from ...layers.external_memory import ExternalMemory, ReadFromMemory
 from ..base import MemzooForCausalLM, MemzooModel
 from .configuration_sdnc import SDNCConfig
 
@@ -22,6 +22,18 @@ class SDNCModel(MemzooModel):
             free_gates=config.free_gates,
             temporal_links=config.temporal_links,
             read_steps=config.read_steps,
+        )
+
+    @staticmethod
+    def make_reader(config: SDNCConfig) -> ReadFromMemory | None:
+        if not config.add_cross_attention:
+            return None
+        return ReadFromMemory(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            bias=config.attention_bias,
         )
 
 
