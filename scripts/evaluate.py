@@ -130,8 +130,9 @@ def table(results: list[dict]):
 
     lengths = sorted({row["length"] for result in results for row in result["lengths"]})
     grid = Table(title="accuracy by length (tokens)")
-    for heading in ("model", "task", "parameters"):
-        grid.add_column(heading, justify="right" if heading == "parameters" else "left")
+    grid.add_column("model", overflow="fold")
+    grid.add_column("task", overflow="fold")
+    grid.add_column("parameters", justify="right", no_wrap=True)
     for length in lengths:
         grid.add_column(f"{length:,}", justify="right")
     grid.add_column("all", justify="right")
