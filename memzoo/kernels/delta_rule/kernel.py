@@ -668,9 +668,9 @@ def compile_specs(capability: int) -> Iterator[CompileSpec]:
         for size in sorted({size for size, _ in table.entries}):
             launch = table.lookup(size, capability)
             sizes = {"DK": size, "DV": size, "BK": size, "BT": PREPARE.lookup(size, capability).blocks["BT"]}
-            constants_here = {**constants, **sizes, **launch.blocks}
+            given = {**constants, **sizes, **launch.blocks}
             yield CompileSpec(
-                f"delta_rule {name} {size}", kernel, signature, {n: c for n, c in constants_here.items() if n in kernel.arg_names},
+                f"delta_rule {name} {size}", kernel, signature, {n: given[n] for n in kernel.arg_names if n in given},
                 launch.num_warps, launch.num_stages, ("H", "rows"),
             )  # fmt: skip
 
