@@ -17,9 +17,10 @@ IGNORED = -100
 class NeedleDocuments:
     """An endless list of training documents of exactly `length` tokens; document i depends on the settings, the seed and i only.
 
-    A document is the header, a piece of prose with `needles` needles at random depths, the answers to `queries - 1` of them as
-    sentences, one a line, and then one question and its answer in exactly the form that is scored; then the end-of-text token, and
-    padding for what one more word would have overrun. The ids are what the tokenizer makes of the whole text.
+    A document is the header, a piece of prose with `needles` needles at random depths, `restated` of them word for word once more, the
+    answers to `queries - 1` others as sentences, one a line, and then one question and its answer in exactly the form that is scored;
+    then the end-of-text token, and padding for what one more word would have overrun. The ids are what the tokenizer makes of the
+    whole text.
 
     Args:
         tokenizer: a fast tokenizer with an end-of-text token.
@@ -27,7 +28,9 @@ class NeedleDocuments:
         seed: another seed, other documents.
         task: "niah_single_1", "niah_single_2" or "niah_single_3".
         needles: needles in a document, each with a key of its own. Scored documents have one; several teach more a token.
-        queries: how many of them are asked for, 1 to `needles`; all if None.
+        queries: how many of them are asked for, at least 1; all that are not restated if None.
+        restated: how many of the others are stated again. In a needle the value is three tokens after the key, in an answer eight: it is
+            the easier form of recall, which small models learn first and then carry over.
         loss: "answers" trains on the answers (value, full stop, end of text), "all" on every token but padding.
         split: part of the prose the haystack is cut from.
         value_digits, key_words: difficulty, see `draw_needles`; the defaults are RULER's.
@@ -45,6 +48,7 @@ class NeedleDocuments:
         task: str = "niah_single_2",
         needles: int = 4,
         queries: int | None = None,
+        restated: int = 0,
         loss: str = "answers",
         split: str = "train",
         value_digits: int = 7,
@@ -52,12 +56,15 @@ class NeedleDocuments:
     ) -> None:
         if loss not in ("answers", "all"):
             raise ValueError(f"loss is {loss!r}, needs 'answers' or 'all'")
-        if queries is not None and not 1 <= queries <= needles:
-            raise ValueError(f"queries is {queries}, needs 1 to the number of needles ({needles})")
+        queries = needles - restated if queries is None else queries
+        if restated < 0 or queries < 1 or queries + restated > needles:
+            raise ValueError(
+                f"queries is {queries} and restated {restated}, needs queries >= 1 and both together <= needles ({needles})"
+            )
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-text token, which needle documents end with")
         self.tokenizer, self.length, self.seed, self.task, self.loss = tokenizer, length, seed, task, loss
-        self.needles, self.queries = needles, queries or needles
+        self.needles, self.queries, self.restated = needles, queries, restated
         self.difficulty = {"value_digits": value_digits, "key_words": key_words}
         self.haystack = Haystack.of(find_format(task).haystack, split, tokenizer)
         self._pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -67,23 +74,28 @@ class NeedleDocuments:
         if self._frame >= length:
             shortest = self._frame + int(np.ceil(self.haystack.cost(0, 1)))
             raise ValueError(
-                f"{task}: length {length} is too short for {needles} needles and {self.queries} queries, needs {shortest}"
+                f"{task}: length {length} is too short for {needles} needles and {queries + restated} answers, needs {shortest}"
             )
 
     def _compose(self, index: int, room: float) -> tuple[str, list[tuple[int, int]]]:
         """The text of document `index` with about `room` tokens of haystack, and where its answers are, in characters."""
         rng = np.random.default_rng([self.seed, index])
         needles = draw_needles(self.task, rng, self.needles, **self.difficulty)
-        start, depths, asked = self.haystack.draw(rng), rng.random(self.needles), rng.permutation(self.needles)[: self.queries]
+        start, depths, order = self.haystack.draw(rng), rng.random(self.needles), rng.permutation(self.needles)
         units = self.haystack.units_within(start, room)
         inserts = [(self.haystack.place(start, units, depth), needle.sentence) for depth, needle in zip(depths, needles)]
         text = f"{header(self.task)}\n{self.haystack.text(start, units, inserts)}\n"
+        asked = self.restated + self.queries
         answers = []
-        for number, needle in enumerate(needles[i] for i in asked):
-            final = number == self.queries - 1
-            text += f"{needle.question} {needle.prefix}" if final else needle.prefix
+        for number, needle in enumerate(needles[i] for i in order[:asked]):
+            if number < self.restated:
+                text += needle.sentence.removesuffix(f" {needle.value}.")
+            elif number < asked - 1:
+                text += needle.prefix
+            else:
+                text += f"{needle.question} {needle.prefix}"
             answers.append((len(text), len(text) + len(needle.value) + 2))
-            text += f" {needle.value}." + ("" if final else "\n")
+            text += f" {needle.value}." + ("\n" if number < asked - 1 else "")
         return text, answers
 
     def _encode(self, text: str, answers: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
