@@ -9,7 +9,8 @@ strictly lower, has entries of at most 1 for unit keys and `beta <= 2`; with it 
     backward, with D = beta R, from dS' and dY:   dD = P^T dY + exp(G_C - G) K dS';   X = dD - Phi^T beta dD;   dV = beta X;   dbeta = X . R
     dS = exp(G_C) dS' + Q^T (scale exp(G) dY) - K^T (exp(G) dV)
     dQ = scale exp(G) dY S^T + F K, F = scale lower (e . dY D^T);   with E = strictly lower (e . dV D^T)
-    dK = (-exp(G) dV S^T - E K) + (exp(G_C - G) D dS'^T + F^T Q - E^T K);   dG = rows of q . dQ + k . (first part of dK - second part)
+    dK = (-exp(G) dV S^T - E K) + (exp(G_C - G) D dS'^T + F^T Q - E^T K);   dG = rows of q . dQ + k . (first - second part of dK), F's
+    diagonal left out of both
 
 Phi comes from exact block elimination: 1 x 1 blocks are merged in pairs up to C x C, `Phi_21 = (I - Phi_22 beta) M_21 (I - beta Phi_11)`.
 There is no power series, so keys that are all the same stay exact. In bf16 the merges run in tf32, whose error stays below that of storing
@@ -303,11 +304,11 @@ def _reverse_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def _pairs_kernel(
-    beta, cumulative, dy, errors, x, asked, erased, dbeta, cu_seqlens, chunks, T, H, scale,
+    beta, cumulative, dy, errors, x, asked, erased, own, dbeta, cu_seqlens, chunks, T, H, scale,
     DV: tl.constexpr, HAS_DECAY: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """F and E of one chunk, [B, T, H, BT] each, and dbeta: all that couples the gradients of two tokens of a chunk."""
+    """Of one chunk: F below its diagonal and E, [B, T, H, BT] each; F's diagonal, where a token reads its own write; and dbeta."""
     head = tl.program_id(0) % H
     row, valid = _chunk_of(tl.program_id(0) // H, cu_seqlens, chunks, T, BT, VARLEN)
     if valid <= 0:
@@ -315,6 +316,7 @@ def _pairs_kernel(
     f = tl.zeros((BT, BT), tl.float32)
     e = tl.zeros((BT, BT), tl.float32)
     grad_beta = tl.zeros((BT,), tl.float32)
+    diagonal = tl.zeros((BT,), tl.float32)
     for column in range(0, DV, BV):
         error = _load(errors, row, head, H, column, DV, valid, BT, BV)
         given = _load(dy, row, head, H, column, DV, valid, BT, BV)
@@ -322,11 +324,13 @@ def _pairs_kernel(
         f += tl.dot(given, tl.trans(error), input_precision=PRECISION)
         e += tl.dot(grad, tl.trans(error), input_precision=PRECISION)
         grad_beta += tl.sum(grad.to(tl.float32) * error.to(tl.float32), 1)
+        diagonal += tl.sum(given.to(tl.float32) * error.to(tl.float32), 1)
     at = tl.arange(0, BT)
     tl.store(dbeta + row * H + head + at * H, grad_beta, mask=at < valid)
     i = at[:, None]
     j = at[None, :]
     strength = _gate(beta, row, head, H, valid, BT).to(tl.float32)
+    tl.store(own + row * H + head + at * H, diagonal * strength * scale, mask=at < valid)
     f *= strength[None, :] * scale
     e *= strength[None, :] * strength[:, None]
     if HAS_DECAY:
@@ -334,13 +338,13 @@ def _pairs_kernel(
         decay = tl.exp(tl.where((i >= j) & (i < valid), (g[:, None] - g[None, :]).to(tl.float32), 0.0))
         f *= decay
         e *= decay
-    _store(asked, tl.where(i >= j, f, 0.0), row, head, H, 0, BT, valid, BT, BT)
+    _store(asked, tl.where(i > j, f, 0.0), row, head, H, 0, BT, valid, BT, BT)
     _store(erased, tl.where(i > j, e, 0.0), row, head, H, 0, BT, valid, BT, BT)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _inputs_kernel(
-    q, k, beta, cumulative, dy, errors, x, asked, erased, states, dstates, dq, dk, ddecay,
+    q, k, beta, cumulative, dy, errors, x, asked, erased, own, states, dstates, dq, dk, ddecay,
     cu_seqlens, chunks, T, H, scale, rows,
     DK: tl.constexpr, DV: tl.constexpr, HAS_DECAY: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -388,14 +392,18 @@ def _inputs_kernel(
     grad_compared -= tl.dot(e, key, input_precision=PRECISION)
     grad_written += tl.dot(tl.trans(f), query, input_precision=PRECISION)
     grad_written -= tl.dot(tl.trans(e), key, input_precision=PRECISION)
-    _store(dq, grad_q, row, head, H, column, DK, valid, BT, BK)
-    _store(dk, grad_compared + grad_written, row, head, H, column, DK, valid, BT, BK)
     if HAS_DECAY:
+        # A token's read of its own write does not depend on any decay; left out here, it leaves no rounding error behind.
         slope = tl.sum(query.to(tl.float32) * grad_q + key.to(tl.float32) * (grad_compared - grad_written), 1)
         slope = tl.cumsum(slope, 0, reverse=True) + last
         at = tl.arange(0, BT)
         share = part.to(tl.int64) * rows + row
         tl.store(ddecay + share * H + head + at * H, slope, mask=at < valid)
+    diagonal = _gate(own, row, head, H, valid, BT)[:, None]
+    grad_q += diagonal * key.to(tl.float32)
+    grad_written += diagonal * query.to(tl.float32)
+    _store(dq, grad_q, row, head, H, column, DK, valid, BT, BK)
+    _store(dk, grad_compared + grad_written, row, head, H, column, DK, valid, BT, BK)
 
 
 @triton.jit
@@ -563,12 +571,12 @@ def _backward(
         HAS_DFINAL=dfinal is not None, HAS_STATE=initial_state is not None, **options,
     )  # fmt: skip
 
-    dbeta = torch.empty_like(call.beta, dtype=torch.float32)
+    own, dbeta = (torch.empty_like(call.beta, dtype=torch.float32) for _ in range(2))
     asked, erased = phi, reads  # their last reader has run
     options, _, _ = call.launch(PAIRS)
     del options["BK"], options["DK"]
     _pairs_kernel[(call.chunk_count * call.heads,)](
-        call.beta, cumulative, dy, errors, x, asked, erased, dbeta, cu_seqlens, call.chunks, call.length, call.heads, scale,
+        call.beta, cumulative, dy, errors, x, asked, erased, own, dbeta, cu_seqlens, call.chunks, call.length, call.heads, scale,
         **options,
     )  # fmt: skip
 
@@ -576,7 +584,7 @@ def _backward(
     options, tiles, _ = call.launch(INPUTS)
     ddecay = None if log_decay is None else q.new_empty(tiles, *beta.shape, dtype=torch.float32)
     _inputs_kernel[(call.chunk_count * call.heads * tiles,)](
-        call.q, call.k, call.beta, cumulative, dy, errors, x, asked, erased, states, dstates, dq, dk, ddecay,
+        call.q, call.k, call.beta, cumulative, dy, errors, x, asked, erased, own, states, dstates, dq, dk, ddecay,
         cu_seqlens, call.chunks, call.length, call.heads, scale, call.batch * call.length, **options,
     )  # fmt: skip
     ddecay = q.new_empty(0) if log_decay is None else ddecay.sum(0).to(log_decay.dtype)
@@ -684,7 +692,7 @@ def compile_specs(capability: int) -> Iterator[CompileSpec]:
     grads = {"dy": "*bf16", "dfinal": "*fp32", "dstates": "*bf16", "x": "*bf16", "dv": "*bf16", "dinitial": "*fp32"}
     constants = {**flags, "HAS_DFINAL": True, "HAS_STATE": True}
     yield from specs("reverse", _reverse_kernel, REVERSE, {**per_sequence, **grads}, constants)
-    kept = {"dy": "*bf16", "errors": "*bf16", "x": "*bf16", "asked": "*bf16", "erased": "*bf16"}
+    kept = {"dy": "*bf16", "errors": "*bf16", "x": "*bf16", "asked": "*bf16", "erased": "*bf16", "own": "*fp32"}
     yield from specs("pairs", _pairs_kernel, PAIRS, {**per_chunk, **kept, "dbeta": "*fp32"})
     grads = {"states": "*bf16", "dstates": "*bf16", "dq": "*bf16", "dk": "*bf16", "ddecay": "*fp32", "rows": "i32"}
     yield from specs("inputs", _inputs_kernel, INPUTS, {**per_chunk, **kept, **grads})
