@@ -86,7 +86,8 @@ def train(settings: Settings) -> dict[str, float]:
     output = Path(settings.output)
     start = run.inspect(settings)
     if run.complete(settings):
-        print(f"{output}: the run is complete, its model is in {output / run.FINAL}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{output}: the run is complete, its model is in {output / run.FINAL}")
         return {}
     accelerator = build_accelerator(settings)
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -95,7 +96,7 @@ def train(settings: Settings) -> dict[str, float]:
     with accelerator.main_process_first():  # the others find the tokenised text in the cache
         data = load_data(settings, tokenizer)
     state = {"processes": processes, "examples": len(data.train), "tokens": 0, "seconds": 0.0, "values": {}}
-    state |= {"loss": 0.0, "steps": 0}  # of this process, since the last line of the log
+    state |= {"loss": 0.0, "steps": 0}  # the sum of losses, and their number, since the last line of the log
     if start:
         state = checkpoint.read_state(output, start, state)
 
@@ -118,7 +119,7 @@ def train(settings: Settings) -> dict[str, float]:
         if settings.resume:
             report.say(f"going on after step {start}" if start else "no checkpoint to go on from: starting anew")
         batches = iter(data.train_loader(settings, start, rank, processes))
-        loss_sum = torch.full((), state["loss"], device=accelerator.device)
+        loss_sum = torch.full((), state["loss"] if accelerator.is_main_process else 0.0, device=accelerator.device)
         clock, tokens, values = time.perf_counter(), 0, state["values"]
         model.train()
         last = min(settings.steps, settings.stop_after or settings.steps)
@@ -150,7 +151,8 @@ def train(settings: Settings) -> dict[str, float]:
                 report.record(step, evaluated)
                 values |= evaluated
             if run.due(step, settings.save_every) or step == last < settings.steps:
-                checkpoint.save(accelerator, output, step, state | {"loss": loss_sum.item(), "values": values}, settings.keep)
+                state |= {"loss": accelerator.reduce(loss_sum, "sum").item(), "values": values}
+                checkpoint.save(accelerator, output, step, state, settings.keep)
             clock += time.perf_counter() - pause
 
         if last == settings.steps:

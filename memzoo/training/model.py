@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import memzoo
 
@@ -18,13 +19,12 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 
 
 def load_tokenizer(settings: Settings) -> Any:
-    """The tokenizer named, or the small one shipped."""
-    if not settings.tokenizer:
-        from memzoo.data import load_tokenizer as shipped
+    """The tokenizer named, or the one in the model's folder, or the small one shipped."""
+    from memzoo.data import load_tokenizer
 
-        return shipped()
+    beside = Path(settings.model) / "tokenizer_config.json"
     with refusing(f"--tokenizer {settings.tokenizer}"):
-        return AutoTokenizer.from_pretrained(settings.tokenizer)
+        return load_tokenizer(settings.tokenizer or (settings.model if beside.is_file() else None))
 
 
 def has_weights(folder: Path) -> bool:
@@ -48,7 +48,7 @@ def build_config(settings: Settings, tokenizer: Any) -> tuple[Any, str | None]:
     else:
         if path.is_dir() and not (path / "config.json").is_file():
             raise BadInput(f"--model {name}: the folder has no config.json")
-        if not path.exists() and (path.suffix or name.startswith((".", "/")) or name.count("/") != 1):
+        if not path.exists() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
             raise BadInput(f"--model {name}: no preset, file or folder has this name{close_names(name, memzoo.presets())}")
         with refusing(f"--model {name}"):
             config = AutoConfig.from_pretrained(name)
@@ -85,5 +85,7 @@ def build_model(settings: Settings, tokenizer: Any) -> PreTrainedModel:
     if settings.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise BadInput(f"--gradient_checkpointing: {config.model_type} does not support it")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.17 has the older name only
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable()
     return model

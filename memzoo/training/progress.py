@@ -59,10 +59,12 @@ class Reporter:
         self.log.write(json.dumps({"step": step, **values}) + "\n")
         self.log.flush()
         shown = "  ".join(f"{name} {_short(name, value)}" for name, value in values.items() if name in _SHOWN)
-        if self.bar and "eval_loss" not in values:
+        if "eval_loss" in values:
+            self.say(f"step {step}/{self.steps}  {shown}")
+        elif self.bar:
             self.bar.update(self.task, completed=step, shown=shown)
         else:
-            self.say(f"step {step}/{self.steps}  {shown}" + ("" if self.bar else f"  left {self._left(step)}"))
+            self.say(f"step {step}/{self.steps}  {shown}  left {self._left(step)}")
 
     def _left(self, step: int) -> str:
         done = step - self.start

@@ -54,7 +54,10 @@ class Settings:
         group="data",
         choices=("concat", "apart"),
     )
-    needles: dict = dataclasses.field(default_factory=dict, metadata=_meta("options of the needle generator, as key=value ... (see memzoo.data.needle_documents)", "data"))
+    needles: dict = dataclasses.field(
+        default_factory=dict,
+        metadata=_meta("options of the needle generator, as key=value ... (see memzoo.data.needle_documents)", "data"),
+    )
     text_loss: float = _field(
         0.0, "needles only: weight of the loss on the haystack's tokens, where an answer's tokens have 1", group="data"
     )
