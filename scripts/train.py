@@ -120,7 +120,7 @@ def train(settings: Settings) -> dict[str, float]:
             report.say(f"going on after step {start}" if start else "no checkpoint to go on from: starting anew")
         batches = iter(data.train_loader(settings, start, rank, processes))
         loss_sum = torch.full((), state["loss"] if accelerator.is_main_process else 0.0, device=accelerator.device)
-        clock, tokens, values = time.perf_counter(), 0, state["values"]
+        clock, tokens, values = time.perf_counter(), state["tokens"], state["values"]
         model.train()
         last = min(settings.steps, settings.stop_after or settings.steps)
         for step in range(start + 1, last + 1):
@@ -129,21 +129,21 @@ def train(settings: Settings) -> dict[str, float]:
             part, norm = optimizer_step(accelerator, model, optimizer, window, settings.clip)
             loss_sum += part
             state["steps"] += 1
-            tokens += sum(batch["input_ids"].numel() for batch in window) * processes
+            state["tokens"] += sum(batch["input_ids"].numel() for batch in window) * processes
             report.step(step)
 
             if step % settings.log_every == 0 or step == settings.steps:
                 loss = accelerator.reduce(loss_sum, "sum").item() / state["steps"]
                 elapsed = time.perf_counter() - clock
-                state |= {"steps": 0, "tokens": state["tokens"] + tokens, "seconds": state["seconds"] + elapsed}
+                state |= {"steps": 0, "seconds": state["seconds"] + elapsed}
                 logged = {"loss": loss, "learning_rate": learning_rate(settings, step), "gradient_norm": float(norm)}
-                logged |= {"tokens": state["tokens"], "tokens_per_second": tokens / elapsed}
+                logged |= {"tokens": state["tokens"], "tokens_per_second": (state["tokens"] - tokens) / elapsed}
                 report.record(step, logged)
                 values |= logged
                 if not math.isfinite(loss):
                     raise BadInput(f"the loss is {loss} at step {step}: try a lower --learning_rate or a longer --warmup")
                 loss_sum.zero_()
-                clock, tokens = time.perf_counter(), 0
+                clock, tokens = time.perf_counter(), state["tokens"]
 
             pause = time.perf_counter()
             if data.evaluation is not None and (step == settings.steps or run.due(step, settings.eval_every)):
