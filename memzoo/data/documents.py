@@ -17,20 +17,19 @@ IGNORED = -100
 class NeedleDocuments:
     """An endless list of training documents of exactly `length` tokens; document i depends on the settings, the seed and i only.
 
-    A document is the header, a piece of prose with `needles` needles at random depths, `restated` of them word for word once more, the
-    answers to `queries - 1` others as sentences, one a line, and then one question and its answer in exactly the form that is scored;
-    then the end-of-text token, and padding for what one more word would have overrun. The ids are what the tokenizer makes of the
-    whole text.
+    A document is the header, a piece of prose with needles at random depths, the answers to all questions but one as sentences, one a
+    line, and then one question and its answer in exactly the form that is scored; then the end-of-text token, and padding for what one
+    more word would have overrun. The ids are what the tokenizer makes of the whole text.
 
     Args:
         tokenizer: a fast tokenizer with an end-of-text token.
         length: tokens a document.
         seed: another seed, other documents.
         task: "niah_single_1", "niah_single_2" or "niah_single_3".
-        needles: needles in a document, each with a key of its own. Scored documents have one; several teach more a token.
-        queries: how many of them are asked for, at least 1; all that are not restated if None.
-        restated: how many of the others are stated again. In a needle the value is three tokens after the key, in an answer eight: it is
-            the easier form of recall, which small models learn first and then carry over.
+        needles: needles in a document, each with a key of its own, or a pair (fewest, most) of which every document draws its number.
+            Scored documents have one. Documents with one are learned far sooner, as any number in them is the answer; documents with
+            several teach to match keys and hold more answers a token.
+        queries: how many of a document's needles are asked for at most; all if None.
         loss: "answers" trains on the answers (value, full stop, end of text), "all" on every token but padding.
         split: part of the prose the haystack is cut from.
         value_digits, key_words: difficulty, see `draw_needles`; the defaults are RULER's.
@@ -46,9 +45,8 @@ class NeedleDocuments:
         seed: int = 0,
         *,
         task: str = "niah_single_2",
-        needles: int = 4,
+        needles: int | tuple[int, int] = (1, 4),
         queries: int | None = None,
-        restated: int = 0,
         loss: str = "answers",
         split: str = "train",
         value_digits: int = 7,
@@ -56,46 +54,47 @@ class NeedleDocuments:
     ) -> None:
         if loss not in ("answers", "all"):
             raise ValueError(f"loss is {loss!r}, needs 'answers' or 'all'")
-        queries = needles - restated if queries is None else queries
-        if restated < 0 or queries < 1 or queries + restated > needles:
-            raise ValueError(
-                f"queries is {queries} and restated {restated}, needs queries >= 1 and both together <= needles ({needles})"
-            )
+        fewest, most = (needles, needles) if isinstance(needles, int) else needles
+        if not 1 <= fewest <= most:
+            raise ValueError(f"needles is {needles}, needs a number from 1 on, or a pair of them with the smaller first")
+        if queries is not None and not 1 <= queries <= most:
+            raise ValueError(f"queries is {queries}, needs 1 to the number of needles ({most})")
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-text token, which needle documents end with")
         self.tokenizer, self.length, self.seed, self.task, self.loss = tokenizer, length, seed, task, loss
-        self.needles, self.queries, self.restated = needles, queries, restated
+        self.needles, self.queries = (fewest, most), most if queries is None else queries
         self.difficulty = {"value_digits": value_digits, "key_words": key_words}
         self.haystack = Haystack.of(find_format(task).haystack, split, tokenizer)
         self._pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._grain = max(8.0, self.haystack.cost(0, 1))  # tokens that padding may make up for without a second look
-        # What a document costs without its haystack. Others may cost a little more or less; `__getitem__` settles that.
-        self._frame = len(self._encode(*self._compose(0, 0.0))[0])
-        if self._frame >= length:
-            shortest = self._frame + int(np.ceil(self.haystack.cost(0, 1)))
+        # What a document with so many needles costs without its haystack; one may cost a little more or less, `__getitem__` settles that.
+        self._frames = {count: len(self._encode(*self._compose(0, 0.0, count))[0]) for count in range(fewest, most + 1)}
+        if self._frames[most] >= length:
+            shortest = self._frames[most] + int(np.ceil(self.haystack.cost(0, 1)))
             raise ValueError(
-                f"{task}: length {length} is too short for {needles} needles and {queries + restated} answers, needs {shortest}"
+                f"{task}: length {length} is too short for {most} needles and {self.queries} queries, needs {shortest}"
             )
 
-    def _compose(self, index: int, room: float) -> tuple[str, list[tuple[int, int]]]:
-        """The text of document `index` with about `room` tokens of haystack, and where its answers are, in characters."""
+    def _compose(self, index: int, spare: float, count: int | None = None) -> tuple[str, list[tuple[int, int]]]:
+        """The text of document `index` with haystack for its length and `spare` tokens more, and where its answers are, in characters.
+
+        With `count` it has that many needles and `spare` tokens of haystack in all.
+        """
         rng = np.random.default_rng([self.seed, index])
-        needles = draw_needles(self.task, rng, self.needles, **self.difficulty)
-        start, depths, order = self.haystack.draw(rng), rng.random(self.needles), rng.permutation(self.needles)
-        units = self.haystack.units_within(start, room)
+        drawn = int(rng.integers(self.needles[0], self.needles[1] + 1))
+        room = spare if count else spare + self.length - self._frames[drawn]
+        count = count or drawn
+        needles = draw_needles(self.task, rng, count, **self.difficulty)
+        start, depths, order = self.haystack.draw(rng), rng.random(count), rng.permutation(count)
+        units = self.haystack.units_within(start, max(room, 0.0))
         inserts = [(self.haystack.place(start, units, depth), needle.sentence) for depth, needle in zip(depths, needles)]
         text = f"{header(self.task)}\n{self.haystack.text(start, units, inserts)}\n"
-        asked = self.restated + self.queries
+        asked = [needles[i] for i in order[: self.queries]]
         answers = []
-        for number, needle in enumerate(needles[i] for i in order[:asked]):
-            if number < self.restated:
-                text += needle.sentence.removesuffix(f" {needle.value}.")
-            elif number < asked - 1:
-                text += needle.prefix
-            else:
-                text += f"{needle.question} {needle.prefix}"
+        for needle in asked:
+            text += f"{needle.question} {needle.prefix}" if needle is asked[-1] else needle.prefix
             answers.append((len(text), len(text) + len(needle.value) + 2))
-            text += f" {needle.value}." + ("\n" if number < asked - 1 else "")
+            text += f" {needle.value}." + ("" if needle is asked[-1] else "\n")
         return text, answers
 
     def _encode(self, text: str, answers: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
@@ -116,15 +115,15 @@ class NeedleDocuments:
         """Document `index` (0 or more): input_ids and labels, both of `length`; labels are -100 where nothing is learned."""
         if index < 0:
             raise IndexError(f"document {index}: needs 0 or more")
-        room, tried = float(self.length - self._frame), False
+        more, tried = 0.0, False
         while True:
-            ids, labels = self._encode(*self._compose(index, room))
+            ids, labels = self._encode(*self._compose(index, more))
             spare = self.length - len(ids)
             if spare >= 0 and (tried or spare <= self._grain):
                 break
-            if spare < 0 and room <= 0:
+            if more < -self.length:
                 raise ValueError(f"{self.task}: length {self.length} is too short for document {index}, needs {len(ids)}")
-            room, tried = max(room + spare, 0.0), True
+            more, tried = more + spare, True
         return {"input_ids": ids + [self._pad] * spare, "labels": labels + [IGNORED] * spare}
 
     def stream(self, start: int = 0) -> Iterator[dict[str, list[int]]]:
