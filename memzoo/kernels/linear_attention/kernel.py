@@ -37,25 +37,39 @@ from ..common.packing import chunk_indices
 from .chunked import MIN_LOG_DECAY as LOWEST
 from .reference import NORMALIZER_EPSILON
 
-# Keyed by the padded size that the sweep's first product contracts, in units of two bytes: float32 counts double. BT tokens make a
-# chunk; BC columns of the state make a tile. The state's tile, [size, BC] float32, must stay in registers.
-FORWARD = LaunchTable({
-    (64, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BC": 64}),
-    (128, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BC": 64}),
-    (256, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BC": 32}),
-    (512, 80): Launch(num_warps=4, num_stages=1, blocks={"BT": 32, "BC": 16}),
+# Keyed by the padded size that the sweep's first product contracts, in units of two bytes: float32 counts double. A chunk is BT tokens,
+# of which BS are scored and written at a time; a tile is BC columns of the state. The state's tile, [size, BC] in float32, must stay in
+# registers, and the normaliser costs some more.
+PLAIN = LaunchTable({
+    (64, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BS": 32, "BC": 64}),
+    (64, 90): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BS": 64, "BC": 64}),
+    (128, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BS": 32, "BC": 32}),
+    (128, 90): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BS": 32, "BC": 64}),
+    (256, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BS": 32, "BC": 16}),
+    (256, 90): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BS": 32, "BC": 32}),
+    (512, 80): Launch(num_warps=4, num_stages=1, blocks={"BT": 32, "BS": 32, "BC": 16}),
 })  # fmt: skip
-BACKWARD = LaunchTable({
-    (64, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BC": 64}),
-    (128, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BC": 64}),
-    (256, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BC": 32}),
-    (512, 80): Launch(num_warps=4, num_stages=1, blocks={"BT": 32, "BC": 16}),
+NORMALIZED = LaunchTable({
+    (64, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BS": 32, "BC": 32}),
+    (64, 90): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BS": 32, "BC": 64}),
+    (128, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BS": 32, "BC": 32}),
+    (256, 80): Launch(num_warps=8, num_stages=2, blocks={"BT": 64, "BS": 32, "BC": 16}),
+    (512, 80): Launch(num_warps=4, num_stages=1, blocks={"BT": 32, "BS": 32, "BC": 16}),
+})  # fmt: skip
+NORMALIZED_BACKWARD = LaunchTable({
+    (64, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BS": 32, "BC": 32}),
+    (64, 90): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BS": 32, "BC": 64}),
+    (128, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BS": 32, "BC": 32}),
+    (256, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BS": 32, "BC": 16}),
+    (512, 80): Launch(num_warps=4, num_stages=1, blocks={"BT": 32, "BS": 32, "BC": 16}),
 })  # fmt: skip
 LOCAL = LaunchTable({
     (64, 80): Launch(num_warps=4, num_stages=3, blocks={"BT": 64, "BC": 64}),
-    (128, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BC": 128}),
-    (256, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BC": 64}),
-    (512, 80): Launch(num_warps=4, num_stages=1, blocks={"BT": 32, "BC": 32}),
+    (128, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BC": 32}),
+    (128, 90): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BC": 64}),
+    (256, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BC": 16}),
+    (256, 90): Launch(num_warps=4, num_stages=2, blocks={"BT": 64, "BC": 32}),
+    (512, 80): Launch(num_warps=4, num_stages=1, blocks={"BT": 32, "BC": 16}),
 })  # fmt: skip
 STEP = LaunchTable({
     (64, 80): Launch(num_warps=4, num_stages=1, blocks={"BC": 64}),
@@ -64,7 +78,7 @@ STEP = LaunchTable({
 })  # fmt: skip
 ANY = 2**31
 COMBINE = LaunchTable({(ANY, 80): Launch(num_warps=4, num_stages=1, blocks={"BE": 512})})
-SLOPE = LaunchTable({(256, 80): Launch(num_warps=4, num_stages=1, blocks={"BT": 32})})
+SLOPE = LaunchTable({(256, 80): Launch(num_warps=4, num_stages=1, blocks={"BT": 16})})
 DECAY = LaunchTable({(ANY, 80): Launch(num_warps=4, num_stages=1, blocks={"BT": 256, "BH": 4})})
 
 SPAN_STEP = 64  # spans are whole numbers of chunks
@@ -99,7 +113,7 @@ def _locate(cu_seqlens, spans, p, T, SPAN, VARLEN: tl.constexpr, ONE_SPAN: tl.co
 
 
 @triton.jit
-def _tile(x, origin, H, r, columns, inside, D: tl.constexpr, BD: tl.constexpr):
+def _tile(x, origin, H: tl.constexpr, r, columns, inside, D: tl.constexpr, BD: tl.constexpr):
     """Rows r after row-and-head `origin` of x [tokens, H, D], zero outside; float16 is widened, since a long sum overflows it."""
     mask = inside[:, None]
     if D % BD:
@@ -111,12 +125,10 @@ def _tile(x, origin, H, r, columns, inside, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _decays(log_decay, origin, H, r, inside):
-    """Over one chunk: factors from its start to each token and from each token to its end, log-decay to each token and in total."""
+def _sums(log_decay, origin, H: tl.constexpr, r, inside):
+    """Sums of log-decay over one chunk: from its start to each token, and in total."""
     g = tl.maximum(tl.load(log_decay + origin + r * H, mask=inside, other=0.0), MIN_LOG_DECAY)
-    since_start = tl.cumsum(g, 0)
-    total = tl.sum(g, 0)
-    return tl.exp(since_start), tl.exp(tl.minimum(total - since_start, 0.0)), since_start, total
+    return tl.cumsum(g, 0), tl.sum(g, 0)
 
 
 @triton.jit
@@ -128,10 +140,10 @@ def _sixteen(column, like):
 @triton.jit(do_not_specialize=["T", "SPAN", "tokens"])
 def _sweep_kernel(
     queries, keys, values, log_decay, inverse, slope, other, out, dots, states, last_states, cu_seqlens, spans,
-    T, SPAN, tokens, H, scale,
-    ROLE: tl.constexpr, DA: tl.constexpr, DC: tl.constexpr, SIZE: tl.constexpr, NORMALIZE: tl.constexpr,
+    T, SPAN, tokens, scale,
+    ROLE: tl.constexpr, H: tl.constexpr, DA: tl.constexpr, DC: tl.constexpr, SIZE: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_DECAY: tl.constexpr, HAS_STATE: tl.constexpr, STORE_LAST: tl.constexpr, VARLEN: tl.constexpr, ONE_SPAN: tl.constexpr,
-    PRECISION: tl.constexpr, BA: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    PRECISION: tl.constexpr, BA: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """One span of one head and one tile of the values' columns: queries, keys [tokens, H, DA], values, out, other [tokens, H, DC].
 
@@ -143,31 +155,30 @@ def _sweep_kernel(
     h = (tl.program_id(0) // TILES) % H
     p = tl.program_id(0) // (TILES * H)
     first, start, stop = _locate(cu_seqlens, spans, p, T, SPAN, VARLEN, ONE_SPAN)
-    r = tl.arange(0, BT)
     rows = tl.arange(0, BA)
     columns = tile * BC + tl.arange(0, BC)
 
     # The state is [Dk, Dv] in memory, followed by z [Dk]; for dq and dk the kernel holds its transpose.
     at = (p.to(tl.int64) * H + h) * SIZE
     if ROLE == Y or ROLE == DV:
-        place = at + rows[:, None] * DC + columns[None, :]
+        place = rows[:, None] * DC + columns[None, :]
     else:
-        place = at + columns[None, :] * DA + rows[:, None]
+        place = columns[None, :] * DA + rows[:, None]
     within = (rows < DA)[:, None] & (columns < DC)[None, :]
     state = tl.zeros((BA, BC), tl.float32)
     # z is a slice of columns for dq and dk; for y it is 16 equal columns beside the state, as small as a product can be.
     if ROLE == Y:
-        norm_place = at + DA * DC + rows[:, None] + tl.zeros((BA, 16), tl.int32)
+        norm_place = DA * DC + rows[:, None] + tl.zeros((BA, 16), tl.int32)
         norm_within = (rows < DA)[:, None]
         norm = tl.zeros((BA, 16), tl.float32)
     else:
-        norm_place = at + DA * DC + columns
+        norm_place = DA * DC + columns
         norm_within = columns < DC
         norm = tl.zeros((BC,), tl.float32)
     if HAS_STATE:
-        state = tl.load(states + place, mask=within, other=0.0)
+        state = tl.load(states + at + place, mask=within, other=0.0)
         if NORMALIZE and ROLE != DV:
-            norm = tl.load(states + norm_place, mask=norm_within, other=0.0)
+            norm = tl.load(states + at + norm_place, mask=norm_within, other=0.0)
 
     count = tl.cdiv(stop - start, BT)
     for i in range(count):
@@ -175,105 +186,118 @@ def _sweep_kernel(
             begin = start + (count - 1 - i) * BT
         else:
             begin = start + i * BT
+        # Always 0, but not to the compiler, which would otherwise hold every address of a chunk in registers throughout.
+        fresh = begin >> 31
+        r = tl.arange(0, BT) ^ fresh
         inside = begin + r < stop
         origin = (first + begin) * H + h
         a = _tile(queries, origin, H, r, rows, inside, DA, BA)
-        b = _tile(keys, origin, H, r, rows, inside, DA, BA)
-        c = _tile(values, origin, H, r, columns, inside, DC, BC)
-        if NORMALIZE and ROLE != Y:
+        if NORMALIZE and ROLE == DQ:
             inv = tl.load(inverse + origin + r * H, mask=inside, other=0.0)
-            if ROLE != DV:
-                side = tl.load(slope + origin + r * H, mask=inside, other=0.0)
-
+            side = tl.load(slope + origin + r * H, mask=inside, other=0.0)
         if HAS_DECAY:
-            from_start, to_end, since_start, total = _decays(log_decay, origin, H, r, inside)
-            if REVERSE:
-                reads, writes = to_end, from_start
+            since_start, total = _sums(log_decay, origin, H, r, inside)
+            if BS < BT:
+                early, late = tl.split(tl.trans(tl.reshape(since_start, (2, BS))))
             else:
-                reads, writes = from_start, to_end
+                early = since_start
 
-        # What the chunk's tokens read of each other.
-        score = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-        if NORMALIZE:
-            if ROLE == DQ:
-                score = score * inv[:, None] + side[:, None]
-            elif ROLE == DK:
-                score = score * inv[None, :] + side[None, :]
-            elif ROLE == DV:
-                score = score * inv[None, :]
-        if HAS_DECAY:
-            if REVERSE:
-                score *= tl.exp(tl.minimum(since_start[None, :] - since_start[:, None], 0.0))
-            else:
-                score *= tl.exp(tl.minimum(since_start[:, None] - since_start[None, :], 0.0))
-        if REVERSE:
-            score = tl.where(r[:, None] <= r[None, :], score * scale, 0.0)
-        else:
-            score = tl.where(r[:, None] >= r[None, :], score, 0.0)
-        if ROLE == Y and NORMALIZE:
-            den = tl.sum(score, 1)
-        score = score.to(c.dtype)
-
-        # What they read of the state.
+        # What the chunk's tokens read of the state, which then decays to the chunk's end.
         result = tl.dot(a, state.to(a.dtype), input_precision=PRECISION)
         if NORMALIZE:
-            if ROLE == DQ:
+            if ROLE == Y:
+                den = tl.sum(tl.dot(a, norm.to(a.dtype), input_precision=PRECISION), 1) / 16
+            elif ROLE == DQ:
                 result = result * inv[:, None] + side[:, None] * norm[None, :]
             elif ROLE == DK:
                 result += norm[None, :]
         if HAS_DECAY:
+            reads = tl.exp(tl.minimum(total - since_start, 0.0)) if REVERSE else tl.exp(since_start)
             result *= reads[:, None]
-        result = tl.dot(score, c, acc=result, input_precision=PRECISION)
+            if NORMALIZE and ROLE == Y:
+                den *= reads
+            state *= tl.exp(total)
+            norm *= tl.exp(total)
+
+        # What they read of each other, and write into the state: BS of them at a time.
+        for half in tl.static_range(BT // BS):
+            s = (half * BS + tl.arange(0, BS)) ^ fresh
+            within_half = begin + s < stop
+            b = _tile(keys, origin, H, s, rows, within_half, DA, BA)
+            c = _tile(values, origin, H, s, columns, within_half, DC, BC)
+            score = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+            weight = tl.full((BS,), 1.0, tl.float32)
+            if REVERSE:
+                weight *= scale
+            if NORMALIZE and ROLE == DQ:
+                score = score * inv[:, None] + side[:, None]
+            elif NORMALIZE and REVERSE:
+                norm_weight = weight
+                if ROLE == DK:
+                    norm_weight *= tl.load(slope + origin + s * H, mask=within_half, other=0.0)
+                weight *= tl.load(inverse + origin + s * H, mask=within_half, other=0.0)
+                score *= weight[None, :]
+                if ROLE == DK:
+                    score += norm_weight[None, :]
+            elif REVERSE:
+                score *= scale
+            visible = r[:, None] <= s[None, :] if REVERSE else r[:, None] >= s[None, :]
+            if HAS_DECAY:
+                if half == 0:
+                    to_half = early
+                else:
+                    to_half = late
+                between = since_start[:, None] - to_half[None, :]
+                if REVERSE:
+                    between = -between
+                score *= tl.exp(tl.where(visible, between, -float("inf")))
+                writes = tl.exp(to_half) if REVERSE else tl.exp(tl.minimum(total - to_half, 0.0))
+                weight *= writes
+                if NORMALIZE and ROLE == DK:
+                    norm_weight *= writes
+            else:
+                score = tl.where(visible, score, 0.0)
+            result = tl.dot(score.to(c.dtype), c, acc=result, input_precision=PRECISION)
+            if NORMALIZE:
+                if ROLE == Y:
+                    den += tl.sum(score, 1)
+                    norm = tl.dot(tl.trans(b), _sixteen(weight, b), acc=norm, input_precision=PRECISION)
+                elif ROLE == DQ:
+                    norm += tl.sum(c.to(tl.float32) * weight[:, None], 0)
+                elif ROLE == DK:
+                    norm += tl.sum(c.to(tl.float32) * norm_weight[:, None], 0)
+            if REVERSE or HAS_DECAY:
+                c = (c.to(tl.float32) * weight[:, None]).to(c.dtype)
+            state = tl.dot(tl.trans(b), c, acc=state, input_precision=PRECISION)
+
         if not REVERSE:
             result *= scale
-        mask = inside[:, None] & (columns < DC)[None, :]
-        local = r[:, None] * (H * DC) + columns[None, :]
-        if ROLE == Y and NORMALIZE:
-            seen = tl.sum(tl.dot(a, norm.to(a.dtype), input_precision=PRECISION), 1) / 16
-            if HAS_DECAY:
-                seen *= reads
-            den = 1.0 / (scale * (den + seen) + EPSILON)
+        if NORMALIZE and ROLE == Y:
+            den = 1.0 / (scale * den + EPSILON)
             result *= den[:, None]
             tl.store(inverse + origin + r * H, den, mask=inside & (r + tile * BT < BT))
+        mask = inside[:, None]
+        if DC % BC:
+            mask = mask & (columns < DC)[None, :]
+        local = r[:, None] * (H * DC) + columns[None, :]
         tl.store(out + origin * DC + local, result.to(out.dtype.element_ty), mask=mask)
         if HAS_DECAY and (ROLE == DQ or ROLE == DK):
             dot = tl.sum(result * tl.load(other + origin * DC + local, mask=mask, other=0.0).to(tl.float32), 1)
             tl.store(dots + (tile * tokens.to(tl.int64) * H + origin + r * H), dot, mask=inside)
 
-        # What the chunk writes into the state.
-        weight = tl.full((BT,), 1.0, tl.float32)
-        if REVERSE:
-            weight *= scale
-        if HAS_DECAY:
-            weight *= writes
-            state *= tl.exp(total)
-            norm *= tl.exp(total)
-        if NORMALIZE:
-            if ROLE == Y:
-                norm = tl.dot(tl.trans(b), _sixteen(weight, b), acc=norm, input_precision=PRECISION)
-            elif ROLE == DQ:
-                norm += tl.sum(c.to(tl.float32) * weight[:, None], 0)
-            elif ROLE == DK:
-                norm += tl.sum(c.to(tl.float32) * (weight * side)[:, None], 0)
-            if REVERSE:
-                weight *= inv
-        if REVERSE or HAS_DECAY:
-            c = (c.to(tl.float32) * weight[:, None]).to(c.dtype)
-        state = tl.dot(tl.trans(b), c, acc=state, input_precision=PRECISION)
-
     if STORE_LAST:
-        tl.store(last_states + place, state, mask=within)
+        tl.store(last_states + at + place, state, mask=within)
         if NORMALIZE:
             if ROLE == Y:
                 tl.store(last_states + at + DA * DC + rows, tl.sum(norm, 1) / 16, mask=rows + tile * BA < DA)
             elif ROLE == DK:
-                tl.store(last_states + norm_place, norm, mask=norm_within)
+                tl.store(last_states + at + norm_place, norm, mask=norm_within)
 
 
 @triton.jit(do_not_specialize=["T", "SPAN"])
 def _local_kernel(
-    keys, values, log_decay, inverse, slope, states, totals, cu_seqlens, spans, T, SPAN, H, scale,
-    REVERSE: tl.constexpr, DA: tl.constexpr, DC: tl.constexpr, SIZE: tl.constexpr, NORMALIZE: tl.constexpr,
+    keys, values, log_decay, inverse, slope, states, totals, cu_seqlens, spans, T, SPAN, scale,
+    REVERSE: tl.constexpr, H: tl.constexpr, DA: tl.constexpr, DC: tl.constexpr, SIZE: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_DECAY: tl.constexpr, VARLEN: tl.constexpr,
     PRECISION: tl.constexpr, BA: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -303,11 +327,11 @@ def _local_kernel(
         if REVERSE:
             weight *= scale
         if HAS_DECAY:
-            from_start, to_end, since_start, total = _decays(log_decay, origin, H, r, inside)
+            since_start, total = _sums(log_decay, origin, H, r, inside)
             if REVERSE:
-                weight *= from_start
+                weight *= tl.exp(since_start)
             else:
-                weight *= to_end
+                weight *= tl.exp(tl.minimum(total - since_start, 0.0))
             state *= tl.exp(total)
             norm *= tl.exp(total)
             span_total += total
@@ -323,7 +347,7 @@ def _local_kernel(
             norm = tl.dot(tl.trans(b), _sixteen(norm_weight, b), acc=norm, input_precision=PRECISION)
     at = (p.to(tl.int64) * H + h) * SIZE
     within = (rows < DA)[:, None] & (columns < DC)[None, :]
-    tl.store(states + at + rows[:, None] * DC + columns[None, :], state, mask=within)
+    tl.store(states + at + (rows[:, None] * DC + columns[None, :]), state, mask=within)
     if NORMALIZE:
         tl.store(states + at + DA * DC + rows, tl.sum(norm, 1) / 16, mask=rows + tile * BA < DA)
     if HAS_DECAY:
@@ -478,7 +502,7 @@ def _span(k: Tensor, v: Tensor, has_decay: bool, packed: bool) -> int:
     Packed sequences count as one long one: those shorter than a span simply fill it less.
     """
     batch, length, heads, key_dim = k.shape
-    _, tiles = _launch(FORWARD, k, key_dim, v.shape[3])
+    _, tiles = _launch(PLAIN, k, key_dim, v.shape[3])
     programs = tiles * heads * (1 if packed else batch)
     spans = max(1, _multiprocessors(k.device) * PROGRAMS_PER_MULTIPROCESSOR // programs)
     span = max((length + spans - 1) // spans, MIN_SPAN)
@@ -554,8 +578,8 @@ def _local(
     totals = None if log_decay is None else keys.new_empty(layout.count, heads, dtype=torch.float32)
     options, tiles = _launch(LOCAL, keys, key_dim, value_dim)
     _local_kernel[(layout.count * heads * tiles,)](
-        keys, values, log_decay, inverse, slope, states, totals, *layout.arguments, heads, scale,
-        REVERSE=reverse, DA=key_dim, DC=value_dim, SIZE=size, NORMALIZE=normalize, HAS_DECAY=log_decay is not None,
+        keys, values, log_decay, inverse, slope, states, totals, *layout.arguments, scale,
+        REVERSE=reverse, H=heads, DA=key_dim, DC=value_dim, SIZE=size, NORMALIZE=normalize, HAS_DECAY=log_decay is not None,
         VARLEN=layout.cu_seqlens is not None, PRECISION=_precision(keys), **options,
     )  # fmt: skip
     return states, totals
@@ -587,8 +611,8 @@ def _sweep(
     cu_seqlens, spans, length, span = layout.arguments
     _sweep_kernel[(layout.count * heads * tiles,)](
         queries, keys, values, log_decay, inverse, slope, other, out, dots, states, last, cu_seqlens, spans,
-        length, span, batch * length, heads, scale,
-        ROLE=role.value, DA=contracted, DC=columns, SIZE=size, NORMALIZE=normalize, HAS_DECAY=log_decay is not None,
+        length, span, batch * length, scale,
+        ROLE=role.value, H=heads, DA=contracted, DC=columns, SIZE=size, NORMALIZE=normalize, HAS_DECAY=log_decay is not None,
         HAS_STATE=states is not None, STORE_LAST=last is not None, VARLEN=cu_seqlens is not None, ONE_SPAN=layout.one,
         PRECISION=_precision(queries), **options,
     )  # fmt: skip
@@ -624,7 +648,7 @@ def _forward(
         starts, totals = _local(layout, k, v, log_decay, None, None, normalize, scale, reverse=False)
         _combine(layout, starts, totals, state, last if want_last else None, reverse=False)
     y, _ = _sweep(
-        Y, FORWARD, layout, q, k, v, log_decay, normalize, scale, inverse if normalize else None, None, None,
+        Y, NORMALIZED if normalize else PLAIN, layout, q, k, v, log_decay, normalize, scale, inverse if normalize else None, None, None,
         state if layout.one else starts, last if want_last and layout.one else None,
     )  # fmt: skip
     return y, last, inverse, starts
@@ -662,9 +686,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dlog_decay, dstate); the last two are empty when there is no such input. `y` is needed with the normaliser only,
     `last` with `dlast` only."""
-    dy, dlast, q, k, v, log_decay, state = (
-        None if t is None else t.contiguous() for t in (dy, dlast, q, k, v, log_decay, state)
-    )
+    dy, dlast, q, k, v, log_decay, state = (None if t is None else t.contiguous() for t in (dy, dlast, q, k, v, log_decay, state))
     layout = _Layout(k, v, log_decay is not None, cu_seqlens)
     slope = None
     if normalize:
@@ -691,12 +713,13 @@ def _backward(
             inner = q.new_empty(layout.count, k.shape[2], blocks, dtype=torch.float32)
         _combine(layout, ends, totals, dlast, wanted, reverse=True, forward=(starts, last, inner))
         wanted = None
+    table = NORMALIZED_BACKWARD if normalize else PLAIN
     common = (log_decay, normalize, scale, inverse, slope)
     q_other, k_other = (None, None) if log_decay is None else (q, k)
-    dq, q_dots = _sweep(DQ, BACKWARD, layout, dy, v, k, *common, q_other, starts, None)
+    dq, q_dots = _sweep(DQ, table, layout, dy, v, k, *common, q_other, starts, None)
     # Only the sweep for dk carries the gradients of both S and z, so it writes those of the initial state.
-    dk, k_dots = _sweep(DK, BACKWARD, layout, v, dy, q, *common, k_other, ends, wanted)
-    dv, _ = _sweep(DV, BACKWARD, layout, k, q, dy, *common, None, ends, None)
+    dk, k_dots = _sweep(DK, table, layout, v, dy, q, *common, k_other, ends, wanted)
+    dv, _ = _sweep(DV, table, layout, k, q, dy, *common, None, ends, None)
     if log_decay is None:
         return dq, dk, dv, q.new_empty(0, dtype=torch.float32), dstate
     dlog_decay = torch.empty_like(log_decay)
@@ -815,27 +838,34 @@ def linear_attention_step(
 
 def compile_specs(capability: int) -> Iterator[CompileSpec]:
     """Every launch-table entry for one compute capability, with what needs the most registers: decay, normaliser, packed, states."""
-    where = {"cu_seqlens": "*i64", "spans": "*i32", "T": "i32", "SPAN": "i32", "H": "i32", "scale": "fp32"}
+    where = {"cu_seqlens": "*i64", "spans": "*i32", "T": "i32", "SPAN": "i32", "scale": "fp32"}
     tokens = {"queries": "*bf16", "keys": "*bf16", "values": "*bf16", "other": "*bf16", "out": "*bf16"}
-    numbers = {name: "*fp32" for name in ("log_decay", "inverse", "slope", "dots", "states", "last_states")}
-    flags = {"NORMALIZE": True, "HAS_DECAY": True, "VARLEN": True, "PRECISION": "tf32"}
+    numbers = dict.fromkeys(("log_decay", "inverse", "slope", "dots", "states", "last_states"), "*fp32")
+    flags = {"HAS_DECAY": True, "VARLEN": True, "PRECISION": "tf32"}
+    nothing = {"slope": None, "other": None, "dots": None}
+    sweeps = (
+        ("forward", Y, PLAIN, False, {"inverse": None, **nothing}),
+        ("dk", DK, PLAIN, False, {"inverse": None, "slope": None}),
+        ("normalized forward", Y, NORMALIZED, True, nothing),
+        ("normalized dq", DQ, NORMALIZED_BACKWARD, True, {"last_states": None}),
+        ("normalized dk", DK, NORMALIZED_BACKWARD, True, {}),
+    )
     for size in (64, 128, 256):
-        shape = {"DA": size, "DC": size, "SIZE": size * size + size, "BA": size}
-        for role, name, table in ((Y, "forward", FORWARD), (DQ, "dq", BACKWARD), (DK, "dk", BACKWARD), (DV, "dv", BACKWARD)):
+        shape = {"H": 16, "DA": size, "DC": size, "BA": size}
+        for name, role, table, normalize, absent in sweeps:
             launch = table.lookup(size, capability)
-            absent = {"slope": None, "other": None, "dots": None} if role == Y else {}
-            if role == DV:
-                absent = {"slope": None, "other": None, "dots": None, "last_states": None}
             yield CompileSpec(
                 f"linear_attention {name} {size}", _sweep_kernel, {**tokens, **numbers, **where, "tokens": "i64"},
-                {"ROLE": role.value, "HAS_STATE": True, "STORE_LAST": role != DV, "ONE_SPAN": False, **absent, **shape, **flags,
+                {"ROLE": role.value, "HAS_STATE": True, "STORE_LAST": "last_states" not in absent, "ONE_SPAN": False,
+                 "NORMALIZE": normalize, "SIZE": size * (size + 1) if normalize else size * size, **absent, **shape, **flags,
                  **launch.blocks},
                 launch.num_warps, launch.num_stages,
             )  # fmt: skip
         launch = LOCAL.lookup(size, capability)
         yield CompileSpec(
             f"linear_attention local {size}", _local_kernel, {**tokens, **numbers, **where, "totals": "*fp32"},
-            {"REVERSE": True, **shape, **flags, **launch.blocks}, launch.num_warps, launch.num_stages,
+            {"REVERSE": True, "NORMALIZE": True, "SIZE": size * (size + 1), **shape, **flags, **launch.blocks},
+            launch.num_warps, launch.num_stages,
         )  # fmt: skip
         launch = STEP.lookup(size, capability)
         yield CompileSpec(
@@ -846,7 +876,8 @@ def compile_specs(capability: int) -> Iterator[CompileSpec]:
             launch.num_warps, launch.num_stages,
         )  # fmt: skip
     launch = COMBINE.lookup(1, capability)
-    states = {name: "*fp32" for name in ("states", "totals", "first_states", "last_states", "forward_states", "forward_last", "inner")}
+    names = ("states", "totals", "first_states", "last_states", "forward_states", "forward_last", "inner")
+    states = dict.fromkeys(names, "*fp32")
     yield CompileSpec(
         "linear_attention combine", _combine_kernel, {**states, "offsets": "*i64", "count": "i32", "H": "i32"},
         {"REVERSE": True, "SIZE": 128 * 129, "HAS_DECAY": True, "HAS_FIRST": True, "STORE_LAST": True, "INNER": True, "VARLEN": True,
@@ -861,6 +892,6 @@ def compile_specs(capability: int) -> Iterator[CompileSpec]:
     launch = DECAY.lookup(1, capability)
     yield CompileSpec(
         "linear_attention decay gradient", _decay_kernel,
-        {"q_dots": "*fp32", "k_dots": "*fp32", "inner": "*fp32", "dlog_decay": "*fp32", **where, "tokens": "i64"},
+        {"q_dots": "*fp32", "k_dots": "*fp32", "inner": "*fp32", "dlog_decay": "*fp32", **where, "tokens": "i64", "H": "i32"},
         {"TILES": 4, "BLOCKS": 33, "VARLEN": True, "ONE_SPAN": False, **launch.blocks}, launch.num_warps, launch.num_stages,
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,9 @@ def linear_attention_reference(
     heads, key_dim, value_dim = q.shape[2], q.shape[3], v.shape[3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if cu_seqlens is None:
-        rows = [(b, t) for b in range(q.shape[0]) for t in [range(q.shape[1])]]
+        rows = [(b, range(q.shape[1])) for b in range(q.shape[0])]
     else:
-        ends = cu_seqlens.tolist()
-        rows = [(0, range(a, b)) for a, b in zip(ends, ends[1:])]
+        rows = [(0, range(a, b)) for a, b in pairwise(cu_seqlens.tolist())]
     outputs, states, norms = [], [], []
     for n, (b, tokens) in enumerate(rows):
         S = q.new_zeros(heads, key_dim, value_dim, dtype=dtype) if initial_state is None else initial_state[n]
