@@ -22,68 +22,53 @@ from ..common.launch import CompileSpec, Launch, LaunchTable, capability_of, nex
 from ..common.packing import chunk_indices
 from .chunked import retention_bias, retention_gradient
 
-# Keys are the larger padded head dimension for two-byte types and twice it for float32. BM counts queries, BN keys.
-FORWARD = LaunchTable(
-    {
-        (64, 80): Launch(num_warps=4, num_stages=3, blocks={"BM": 128, "BN": 64}),
-        (128, 80): Launch(num_warps=8, num_stages=2, blocks={"BM": 128, "BN": 64}),
-        (256, 80): Launch(num_warps=8, num_stages=2, blocks={"BM": 128, "BN": 32}),
-        (512, 80): Launch(num_warps=8, num_stages=1, blocks={"BM": 64, "BN": 16}),
-        (128, 90): Launch(num_warps=8, num_stages=2, blocks={"BM": 128, "BN": 128}),
-        (256, 90): Launch(num_warps=8, num_stages=2, blocks={"BM": 128, "BN": 64}),
-    }
+
+def _table(entries: dict[tuple[int, int], tuple[int, int, int, int]]) -> LaunchTable:
+    """Entries (BM queries, BN keys, warps, stages) by (head dimension, capability); float32 takes the entry of twice its dimension."""
+    return LaunchTable({key: Launch(w, s, {"BM": bm, "BN": bn}) for key, (bm, bn, w, s) in entries.items()})
+
+
+# "plain" is attention without options, packed or not; "options" adds any of window, strength and retention; "linked" has the links.
+PLAIN, OPTIONS, LINKED = "plain", "options", "linked"
+FORWARD = {
+    OPTIONS: _table({
+        (64, 80): (128, 64, 8, 3), (128, 80): (64, 64, 8, 2), (256, 80): (64, 32, 8, 2), (512, 80): (32, 16, 8, 2),
+        (64, 90): (128, 128, 8, 3), (128, 90): (128, 64, 8, 2), (256, 90): (128, 16, 8, 2),
+        (64, 100): (128, 64, 8, 3), (256, 100): (128, 32, 8, 2),
+    }),
+    LINKED: _table({
+        (64, 80): (64, 64, 4, 2), (128, 80): (64, 64, 8, 2), (256, 80): (32, 32, 8, 2), (512, 80): (32, 16, 8, 1),
+        (128, 90): (128, 64, 8, 2), (256, 90): (128, 16, 8, 2), (256, 100): (64, 32, 8, 2),
+    }),
+}  # fmt: skip
+FORWARD[PLAIN] = LaunchTable(
+    {**FORWARD[OPTIONS].entries, **_table({(128, 90): (128, 128, 8, 2), (128, 100): (128, 64, 8, 3)}).entries}
 )
-FORWARD_LINKED = LaunchTable(
-    {
-        (64, 80): Launch(num_warps=4, num_stages=2, blocks={"BM": 64, "BN": 64}),
-        (128, 80): Launch(num_warps=8, num_stages=2, blocks={"BM": 128, "BN": 32}),
-        (256, 80): Launch(num_warps=8, num_stages=1, blocks={"BM": 128, "BN": 32}),
-        (512, 80): Launch(num_warps=8, num_stages=1, blocks={"BM": 64, "BN": 16}),
-        (128, 90): Launch(num_warps=8, num_stages=2, blocks={"BM": 128, "BN": 64}),
-    }
-)
-BACKWARD_QUERIES = LaunchTable(
-    {
-        (64, 80): Launch(num_warps=4, num_stages=2, blocks={"BM": 64, "BN": 64}),
-        (128, 80): Launch(num_warps=8, num_stages=2, blocks={"BM": 128, "BN": 32}),
-        (256, 80): Launch(num_warps=8, num_stages=1, blocks={"BM": 64, "BN": 32}),
-        (512, 80): Launch(num_warps=8, num_stages=1, blocks={"BM": 32, "BN": 16}),
-        (128, 90): Launch(num_warps=8, num_stages=2, blocks={"BM": 128, "BN": 64}),
-    }
-)
-BACKWARD_QUERIES_LINKED = LaunchTable(
-    {
-        (64, 80): Launch(num_warps=4, num_stages=2, blocks={"BM": 64, "BN": 32}),
-        (128, 80): Launch(num_warps=8, num_stages=2, blocks={"BM": 64, "BN": 32}),
-        (256, 80): Launch(num_warps=8, num_stages=1, blocks={"BM": 64, "BN": 32}),
-        (512, 80): Launch(num_warps=8, num_stages=1, blocks={"BM": 32, "BN": 16}),
-    }
-)
-BACKWARD_KEYS = LaunchTable(
-    {
-        (64, 80): Launch(num_warps=4, num_stages=2, blocks={"BM": 32, "BN": 64}),
-        (128, 80): Launch(num_warps=8, num_stages=2, blocks={"BM": 32, "BN": 128}),
-        (256, 80): Launch(num_warps=8, num_stages=1, blocks={"BM": 32, "BN": 64}),
-        (512, 80): Launch(num_warps=8, num_stages=1, blocks={"BM": 16, "BN": 32}),
-        (128, 90): Launch(num_warps=8, num_stages=2, blocks={"BM": 64, "BN": 128}),
-    }
-)
-BACKWARD_KEYS_LINKED = LaunchTable(
-    {
-        (64, 80): Launch(num_warps=4, num_stages=2, blocks={"BM": 32, "BN": 64}),
-        (128, 80): Launch(num_warps=8, num_stages=2, blocks={"BM": 32, "BN": 64}),
-        (256, 80): Launch(num_warps=8, num_stages=1, blocks={"BM": 32, "BN": 32}),
-        (512, 80): Launch(num_warps=8, num_stages=1, blocks={"BM": 16, "BN": 16}),
-    }
-)
-DECODE = LaunchTable(
-    {
-        (64, 80): Launch(num_warps=4, num_stages=3, blocks={"BM": 16, "BN": 64}),
-        (128, 80): Launch(num_warps=4, num_stages=2, blocks={"BM": 16, "BN": 64}),
-        (256, 80): Launch(num_warps=4, num_stages=2, blocks={"BM": 16, "BN": 32}),
-        (512, 80): Launch(num_warps=4, num_stages=1, blocks={"BM": 16, "BN": 16}),
-    }
-)
+BACKWARD_QUERIES = {
+    OPTIONS: _table({
+        (64, 80): (64, 32, 4, 2), (128, 80): (128, 32, 8, 2), (256, 80): (64, 32, 8, 2), (512, 80): (16, 16, 4, 1),
+        (64, 90): (64, 64, 4, 2), (128, 90): (128, 64, 8, 2), (256, 90): (32, 32, 8, 2), (256, 100): (64, 32, 8, 2),
+    }),
+    LINKED: _table({
+        (64, 80): (64, 32, 8, 2), (128, 80): (32, 32, 8, 2), (256, 80): (16, 16, 4, 2), (512, 80): (16, 16, 4, 1),
+        (64, 90): (64, 32, 4, 2), (128, 90): (64, 32, 8, 2), (256, 100): (64, 32, 8, 2),
+    }),
+}  # fmt: skip
+BACKWARD_QUERIES[PLAIN] = BACKWARD_QUERIES[OPTIONS]
+BACKWARD_KEYS = {
+    OPTIONS: _table({
+        (64, 80): (64, 128, 8, 2), (128, 80): (32, 64, 8, 2), (256, 80): (64, 32, 8, 1), (512, 80): (16, 16, 4, 1),
+        (128, 90): (32, 128, 8, 2), (128, 100): (64, 128, 8, 2), (256, 100): (32, 64, 8, 2),
+    }),
+    LINKED: _table({
+        (64, 80): (32, 64, 8, 2), (128, 80): (32, 64, 8, 2), (256, 80): (32, 32, 8, 1), (512, 80): (16, 16, 4, 1),
+        (64, 90): (32, 128, 8, 2), (128, 90): (32, 128, 8, 2), (64, 100): (32, 64, 8, 2), (128, 100): (32, 64, 8, 2),
+    }),
+}  # fmt: skip
+BACKWARD_KEYS[PLAIN] = BACKWARD_KEYS[OPTIONS]
+DECODE = _table({
+    (64, 80): (16, 64, 4, 3), (128, 80): (16, 64, 8, 2), (256, 80): (16, 32, 8, 2), (512, 80): (16, 16, 8, 2),
+})  # fmt: skip
 COMBINE = LaunchTable({(512, 80): Launch(num_warps=8, num_stages=1, blocks={"BS": 128})})
 
 DECODE_ROWS = 64  # query rows a key head (queries times heads of its group) up to which decoding beats the forward kernel
@@ -175,6 +160,17 @@ def _key_blocks(first, last, window, prefix, WINDOW: tl.constexpr, BN: tl.conste
 
 
 @triton.jit
+def _fade_tile(fade, first, nk, H: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr):
+    """The running sums of retention at keys first, ..., as a row, or [BM, BN] if `fade` is [BM, 1] pointers."""
+    at = fade + tl.cast(first, tl.int64) * H + (tl.arange(0, BN) * H)[None, :]
+    if MASKED:
+        tile = tl.load(at, mask=(first + tl.arange(0, BN) < nk)[None, :], other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+@triton.jit
 def _attend(
     acc, total, peak, query, k, v, fade, block, nk, t, factor, fade_t, mode_b, mode_c, mode_f, window, prefix, skt, svt,
     H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -195,7 +191,7 @@ def _attend(
         if not STRENGTH:
             scores = scores * factor
         unit = 1.0
-        scores += fade_t[:, None] - tl.load(fade + i[None, :].to(tl.int64) * H, mask=i[None, :] < nk, other=0.0)
+        scores += fade_t[:, None] - _fade_tile(fade, block * BN, nk, H, BN, MASKED)
     if MASKED:
         scores = tl.where(_visible(t[:, None], i[None, :], window, prefix, WINDOW), scores, float("-inf"))
     higher = tl.maximum(peak, tl.max(scores, 1) * unit)
@@ -220,23 +216,27 @@ def _attend(
 
 @triton.jit
 def _row_options(
-    modes, strength, fade, tokens, t, live, scale, head, k0,
+    modes, strength, fade, row, column, r, live, scale,
     H: tl.constexpr, LINKED: tl.constexpr, STRENGTH: tl.constexpr, RETENTION: tl.constexpr,
 ):  # fmt: skip
-    """(factor of the scores in base 2, fade at the queries, weights of the three modes) of query rows `tokens` [.] of [B Tq, H]."""
+    """(factor of the scores in base 2, fade at the queries, weights of the three modes), of places `r` [.] in units of tokens and heads.
+
+    They count from `row` of modes and strength [B Tq, H] and from `column` of fade [B Tk, H].
+    """
     factor = scale * 1.4426950408889634
     fade_t = 0.0
     mode_b = 0.0
     mode_c = 0.0
     mode_f = 0.0
     if STRENGTH:
-        factor = factor * tl.load(strength + tokens, mask=live, other=0.0).to(tl.float32)
+        factor = factor * tl.load(strength + row + r, mask=live, other=0.0).to(tl.float32)
     if RETENTION:
-        fade_t = tl.load(fade + (k0 + t) * H + head, mask=live, other=0.0)
+        fade_t = tl.load(fade + column + r, mask=live, other=0.0)
     if LINKED:
-        mode_b = tl.load(modes + tokens * 3, mask=live, other=0.0).to(tl.float32)
-        mode_c = tl.load(modes + tokens * 3 + 1, mask=live, other=0.0).to(tl.float32)
-        mode_f = tl.load(modes + tokens * 3 + 2, mask=live, other=0.0).to(tl.float32)
+        at = modes + row * 3 + r * 3
+        mode_b = tl.load(at, mask=live, other=0.0).to(tl.float32)
+        mode_c = tl.load(at + 1, mask=live, other=0.0).to(tl.float32)
+        mode_f = tl.load(at + 2, mask=live, other=0.0).to(tl.float32)
     return factor, fade_t, mode_b, mode_c, mode_f
 
 
@@ -262,7 +262,18 @@ def _forward_kernel(
     t = nk - nq + rows
     tokens = (q0 + rows) * H + head
     factor, fade_t, mode_b, mode_c, mode_f = _row_options(
-        modes, strength, fade, tokens, t, rows < nq, scale, head, k0, H, LINKED, STRENGTH, RETENTION
+        modes,
+        strength,
+        fade,
+        (q0 + start) * H + head,
+        (k0 + nk - nq + start) * H + head,
+        tl.arange(0, BM) * H,
+        rows < nq,
+        scale,
+        H,
+        LINKED,
+        STRENGTH,
+        RETENTION,
     )
     fade_head = fade
     if RETENTION:
@@ -314,7 +325,7 @@ def _query_gradient(
     else:
         scores = scores * factor
     if RETENTION:
-        scores += fade_t[:, None] - tl.load(fade + i[None, :].to(tl.int64) * H, mask=i[None, :] < nk, other=0.0)
+        scores += fade_t[:, None] - _fade_tile(fade, block * BN, nk, H, BN, MASKED)
     weights = tl.exp2(scores - lse[:, None])
     if MASKED:
         weights = tl.where(_visible(t[:, None], i[None, :], window, prefix, WINDOW), weights, 0.0)
@@ -361,7 +372,18 @@ def _backward_queries_kernel(
     t = nk - nq + rows
     tokens = (q0 + rows) * H + head
     factor, fade_t, mode_b, mode_c, mode_f = _row_options(
-        modes, strength, fade, tokens, t, live, scale, head, k0, H, LINKED, STRENGTH, RETENTION
+        modes,
+        strength,
+        fade,
+        (q0 + start) * H + head,
+        (k0 + nk - nq + start) * H + head,
+        tl.arange(0, BM) * H,
+        live,
+        scale,
+        H,
+        LINKED,
+        STRENGTH,
+        RETENTION,
     )
     fade_head = fade
     if RETENTION:
@@ -436,14 +458,17 @@ def _key_gradient(
 ):  # fmt: skip
     """One block of queries' part of dk (before the scale), dv and the sums of the scores' gradients over the queries."""
     i = first + tl.arange(0, BN)
-    rows = block * BM + tl.arange(0, BM)
-    t = offset + rows
-    live = rows < nq
-    tokens = rows.to(tl.int64) * H
+    r = tl.arange(0, BM)
+    t = offset + block * BM + r
+    live = block * BM + r < nq
+    row = tl.cast(block * BM, tl.int64) * H
     factor, fade_t, mode_b, mode_c, mode_f = _row_options(
-        modes, strength, fade, tokens, t, live, scale, 0, 0, H, LINKED, STRENGTH, RETENTION
+        modes, strength, fade, row, row + tl.cast(offset, tl.int64) * H, r * H, live, scale, H, LINKED, STRENGTH, RETENTION
     )
-    row_lse = tl.load(lse + tokens, mask=live, other=float("inf"))
+    if MASKED:
+        row_lse = tl.load(lse + row + r * H, mask=live, other=float("inf"))
+    else:
+        row_lse = tl.load(lse + row + r * H)
     query = _tile(q, block * BM, sqt, nq, DK, BK, BM, MASKED)
     grad = _tile(dy, block * BM, H * DV, nq, DV, BV, BM, MASKED)
     weights = _transposed_weights(
@@ -476,12 +501,15 @@ def _key_gradient(
             if MASKED:
                 forward = tl.where(i[:, None] < t[None, :], forward, 0.0)
             dweights += forward
-        row_delta = tl.load(delta + tokens, mask=live, other=0.0)
+        if MASKED:
+            row_delta = tl.load(delta + row + r * H, mask=live, other=0.0)
+        else:
+            row_delta = tl.load(delta + row + r * H)
         dscores = weights * (dweights - row_delta[None, :])
         if RETENTION:
             column += tl.sum(dscores, 1)
         if STRENGTH:
-            dscores = dscores * tl.load(strength + tokens, mask=live, other=0.0).to(tl.float32)[None, :]
+            dscores = dscores * tl.load(strength + row + r * H, mask=live, other=0.0).to(tl.float32)[None, :]
         dk = tl.dot(dscores.to(query.dtype), query, dk, input_precision=PREC)
     return dk, dv, column
 
@@ -494,7 +522,7 @@ def _backward_keys_kernel(
     WINDOW: tl.constexpr, LINKED: tl.constexpr, STRENGTH: tl.constexpr, RETENTION: tl.constexpr, VARLEN: tl.constexpr,
     DO_K: tl.constexpr, DO_V: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys (DO_K) and values (DO_V) of one key head, summed over the heads of its group.
+    """One query head's part of the gradients of a block of keys (DO_K) and values (DO_V), [B Tk, H, .].
 
     `columns` [B Tk, H] are the sums of the scores' gradients over the queries, from which the retention's gradient follows.
     """
@@ -502,10 +530,12 @@ def _backward_keys_kernel(
     first = block * BN
     if first >= nk:
         return
-    key_head = tl.program_id(1)
-    q = _start(q, q0, sqb, sqt, VARLEN)
-    k = _start(k, k0, skb, skt, VARLEN) + key_head * skh
-    v = _start(v, k0, svb, svt, VARLEN) + key_head * svh
+    head = tl.program_id(1)
+    q = _start(q, q0, sqb, sqt, VARLEN) + head * sqh
+    k = _start(k, k0, skb, skt, VARLEN) + (head // G) * skh
+    v = _start(v, k0, svb, svt, VARLEN) + (head // G) * svh
+    row0 = q0 * H + head  # the first query among [B Tq, H]
+    column0 = k0 * H + head
     i = first + tl.arange(0, BN)
     key = _tile(k, first, skt, nk, DK, BK, BN, True)
     value = key
@@ -545,54 +575,49 @@ def _backward_keys_kernel(
     full_low = tl.minimum((tl.maximum(first + BN - offset, 0) + BM - 1) // BM, end)
     full_high = tl.maximum(tl.minimum(tl.maximum(full_until - offset, 0) // BM, end), full_low)
 
-    for g in range(G):
-        head = key_head * G + g
-        q_head = q + head * sqh
-        row0 = q0 * H + head  # the first query among [B Tq, H]
-        column0 = k0 * H + head
-        modes_head = modes
-        strength_head = strength
-        fade_head = fade
-        fade_i = 0.0
-        fade_before = 0.0
-        fade_after = 0.0
+    modes_head = modes
+    strength_head = strength
+    fade_head = fade
+    fade_i = 0.0
+    fade_before = 0.0
+    fade_after = 0.0
+    if LINKED:
+        modes_head = modes + row0 * 3
+    if STRENGTH:
+        strength_head = strength + row0
+    if RETENTION:
+        fade_head = fade + column0
+        at = fade_head + i.to(tl.int64) * H
+        fade_i = tl.load(at, mask=i < nk, other=0.0)
         if LINKED:
-            modes_head = modes + row0 * 3
-        if STRENGTH:
-            strength_head = strength + row0
-        if RETENTION:
-            fade_head = fade + column0
-            at = fade_head + i.to(tl.int64) * H
-            fade_i = tl.load(at, mask=i < nk, other=0.0)
-            if LINKED:
-                fade_before = tl.load(at - H, mask=(i > 0) & (i - 1 < nk), other=0.0)
-                fade_after = tl.load(at + H, mask=i + 1 < nk, other=0.0)
-        column = tl.zeros((BN,), tl.float32)
-        edges = full_low - low
-        for at_edge in range(edges + end - full_high):
-            at_block = tl.where(at_edge < edges, at_edge + low, at_edge - edges + full_high)
-            acc_k, acc_v, column = _key_gradient(
-                acc_k, acc_v, column, key, key_before, key_after, value, value_before, value_after, q_head, dy + row0 * DV,
-                modes_head, strength_head, fade_head, lse + row0, delta + row0, fade_i, fade_before, fade_after,
-                at_block, first, nq, nk, offset, scale, window, prefix, sqt, H, DK, DV, BK, BV,
-                WINDOW, LINKED, STRENGTH, RETENTION, True, DO_K, DO_V, PREC, BM, BN,
-            )  # fmt: skip
-        for at_block in range(full_low, full_high):
-            acc_k, acc_v, column = _key_gradient(
-                acc_k, acc_v, column, key, key_before, key_after, value, value_before, value_after, q_head, dy + row0 * DV,
-                modes_head, strength_head, fade_head, lse + row0, delta + row0, fade_i, fade_before, fade_after,
-                at_block, first, nq, nk, offset, scale, window, prefix, sqt, H, DK, DV, BK, BV,
-                WINDOW, LINKED, STRENGTH, RETENTION, False, DO_K, DO_V, PREC, BM, BN,
-            )  # fmt: skip
-        if RETENTION and DO_K:
-            tl.store(columns + column0 + i.to(tl.int64) * H, column, mask=i < nk)
+            fade_before = tl.load(at - H, mask=(i > 0) & (i - 1 < nk), other=0.0)
+            fade_after = tl.load(at + H, mask=i + 1 < nk, other=0.0)
+    column = tl.zeros((BN,), tl.float32)
+    edges = full_low - low
+    for at_edge in range(edges + end - full_high):
+        at_block = tl.where(at_edge < edges, at_edge + low, at_edge - edges + full_high)
+        acc_k, acc_v, column = _key_gradient(
+            acc_k, acc_v, column, key, key_before, key_after, value, value_before, value_after, q, dy + row0 * DV,
+            modes_head, strength_head, fade_head, lse + row0, delta + row0, fade_i, fade_before, fade_after,
+            at_block, first, nq, nk, offset, scale, window, prefix, sqt, H, DK, DV, BK, BV,
+            WINDOW, LINKED, STRENGTH, RETENTION, True, DO_K, DO_V, PREC, BM, BN,
+        )  # fmt: skip
+    for at_block in range(full_low, full_high):
+        acc_k, acc_v, column = _key_gradient(
+            acc_k, acc_v, column, key, key_before, key_after, value, value_before, value_after, q, dy + row0 * DV,
+            modes_head, strength_head, fade_head, lse + row0, delta + row0, fade_i, fade_before, fade_after,
+            at_block, first, nq, nk, offset, scale, window, prefix, sqt, H, DK, DV, BK, BV,
+            WINDOW, LINKED, STRENGTH, RETENTION, False, DO_K, DO_V, PREC, BM, BN,
+        )  # fmt: skip
+    if RETENTION and DO_K:
+        tl.store(columns + column0 + i.to(tl.int64) * H, column, mask=i < nk)
     if DO_K:
         d = tl.arange(0, BK)
-        at = dk + ((k0 + i[:, None]) * (H // G) + key_head) * DK + d[None, :]
+        at = dk + ((k0 + i[:, None]) * H + head) * DK + d[None, :]
         tl.store(at, (acc_k * scale).to(dk.dtype.element_ty), mask=(i < nk)[:, None] & (d < DK)[None, :])
     if DO_V:
         d = tl.arange(0, BV)
-        at = dv + ((k0 + i[:, None]) * (H // G) + key_head) * DV + d[None, :]
+        at = dv + ((k0 + i[:, None]) * H + head) * DV + d[None, :]
         tl.store(at, acc_v.to(dv.dtype.element_ty), mask=(i < nk)[:, None] & (d < DV)[None, :])
 
 
@@ -630,7 +655,18 @@ def _decode_kernel(
         t = nk - nq + rows
         tokens = (q0 + rows) * H + head
         factor, fade_t, mode_b, mode_c, mode_f = _row_options(
-            modes, strength, fade, tokens, t, live, scale, head, k0, H, LINKED, STRENGTH, RETENTION
+            modes,
+            strength,
+            fade,
+            q0 * H,
+            (k0 + nk - nq) * H,
+            rows.to(tl.int64) * H + head,
+            live,
+            scale,
+            H,
+            LINKED,
+            STRENGTH,
+            RETENTION,
         )
         fade_head = fade
         if RETENTION:
@@ -684,6 +720,13 @@ def _combine_kernel(parts, lse, y, S, DV: tl.constexpr, BV: tl.constexpr, BS: tl
 def _launch(table: LaunchTable, q: Tensor, v: Tensor) -> Launch:
     size = max(next_power_of_2(q.shape[3]), next_power_of_2(v.shape[3]), 64)
     return table.lookup(size * q.element_size() // 2, capability_of(q.device))
+
+
+def _kind(constants: dict) -> str:
+    """Which launch table serves these switches."""
+    if constants["LINKED"]:
+        return LINKED
+    return OPTIONS if constants["WINDOW"] or constants["STRENGTH"] or constants["RETENTION"] else PLAIN
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -750,12 +793,13 @@ def _forward(
     q, k, v = _ready(q, k, v)
     y = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    launch = _launch(FORWARD if read_modes is None else FORWARD_LINKED, q, v)
+    constants = _constants(q, k, v, window, read_modes, key_strength, log_retention, cu_q)
+    launch = _launch(FORWARD[_kind(constants)], q, v)
     blocks, chunks = _blocks(cu_q, q, launch.blocks["BM"])
     _forward_kernel[(blocks, q.shape[2], q.shape[0])](
         q, k, v, _contiguous(read_modes), _contiguous(key_strength), _base2(log_retention, cu_k), y, lse, cu_q, cu_k, chunks,
         q.shape[1], k.shape[1], window or 0, prefix, scale, *_strides(q, k, v),
-        **_constants(q, k, v, window, read_modes, key_strength, log_retention, cu_q), **launch.options(),
+        **constants, **launch.options(),
     )  # fmt: skip
     return y, lse
 
@@ -785,27 +829,32 @@ def _backward(
     """(dq, dk, dv, dread_modes, dkey_strength, dlog_retention); the last three are empty when there is no such input."""
     q, k, v = _ready(q, k, v)
     dy, modes, strength, fade = dy.contiguous(), _contiguous(read_modes), _contiguous(key_strength), _base2(log_retention, cu_k)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq = q.new_empty(q.shape)
+    # Each query head has its own rows of dk and dv; those of a group are summed afterwards.
+    group = q.shape[2] // k.shape[2]
+    dk, dv = (x.new_empty(*x.shape[:2], q.shape[2], x.shape[3], dtype=x.dtype if group == 1 else torch.float32) for x in (k, v))
     delta = torch.empty_like(lse)
     dmodes = q.new_empty(read_modes.shape if read_modes is not None else 0, dtype=torch.float32)
     dstrength = q.new_empty(key_strength.shape if key_strength is not None else 0, dtype=torch.float32)
     columns = q.new_empty(log_retention.shape if log_retention is not None else 0, dtype=torch.float32)
     sizes = (q.shape[1], k.shape[1], window or 0, prefix, scale, *_strides(q, k, v))
     constants = _constants(q, k, v, window, read_modes, key_strength, log_retention, cu_q)
-    launch = _launch(BACKWARD_QUERIES if modes is None else BACKWARD_QUERIES_LINKED, q, v)
+    launch = _launch(BACKWARD_QUERIES[_kind(constants)], q, v)
     blocks, chunks = _blocks(cu_q, q, launch.blocks["BM"])
     _backward_queries_kernel[(blocks, q.shape[2], q.shape[0])](
         q, k, v, modes, strength, fade, y, lse, dy, delta, dq, dmodes, dstrength, cu_q, cu_k, chunks, *sizes,
         **constants, **launch.options(),
     )  # fmt: skip
-    launch = _launch(BACKWARD_KEYS if modes is None else BACKWARD_KEYS_LINKED, q, v)
+    launch = _launch(BACKWARD_KEYS[_kind(constants)], q, v)
     blocks, chunks = _blocks(cu_k, k, launch.blocks["BN"])
     # With links the keys' gradient needs three value tiles and the values' three key tiles: too much for one program.
     for do_k, do_v in [(True, True)] if modes is None else [(True, False), (False, True)]:
-        _backward_keys_kernel[(blocks, k.shape[2], k.shape[0])](
+        _backward_keys_kernel[(blocks, q.shape[2], k.shape[0])](
             q, k, v, modes, strength, fade, lse, dy, delta, dk, dv, columns, cu_q, cu_k, chunks, *sizes,
             **constants, DO_K=do_k, DO_V=do_v, **launch.options(),
         )  # fmt: skip
+    if group > 1:
+        dk, dv = (d.view(*x.shape[:3], group, x.shape[3]).sum(3).to(x.dtype) for d, x in ((dk, k), (dv, v)))
     return (
         dq,
         dk,
@@ -940,7 +989,7 @@ def attention_decode(
 
 
 def compile_specs(capability: int) -> Iterator[CompileSpec]:
-    """Every launch-table entry for one compute capability in bf16: plain and dense, and with links, every option and packed input."""
+    """Every launch-table entry for one compute capability in bf16, packed, with every option."""
     integers = ("Tq", "Tk", "window", "prefix")
     strides = tuple(f"s{x}{axis}" for x in "qkv" for axis in "bth")
     inputs = dict.fromkeys(("q", "k", "v"), "*bf16")
@@ -952,33 +1001,43 @@ def compile_specs(capability: int) -> Iterator[CompileSpec]:
             "y": "*bf16", "lse": "*fp32", "dy": "*bf16", "delta": "*fp32", "dq": "*bf16", "dmodes": "*fp32", "dstrength": "*fp32",
         },
         _backward_keys_kernel: {
-            "lse": "*fp32", "dy": "*bf16", "delta": "*fp32", "dk": "*bf16", "dv": "*bf16", "columns": "*fp32",
+            "lse": "*fp32", "dy": "*bf16", "delta": "*fp32", "dk": "*fp32", "dv": "*fp32", "columns": "*fp32",
         },
         _decode_kernel: {"y": "*fp32", "lse": "*fp32", "S": "i32"},
     }  # fmt: skip
 
-    def spec(name, kernel, table, size, full, **more):
-        launch = table.lookup(size, capability)
-        switches = dict.fromkeys(("WINDOW", "LINKED", "STRENGTH", "RETENTION", "VARLEN"), full)
+    def spec(name, kernel, kind, launch, size, **more):
+        switches = {**dict.fromkeys(("WINDOW", "STRENGTH", "RETENTION"), kind != PLAIN), "LINKED": kind == LINKED, "VARLEN": True}
+        absent = {PLAIN: ("modes", "strength", "fade"), OPTIONS: ("modes",), LINKED: ()}[kind]
         constants = {
-            **switches, "H": 16, "G": 4 if full else 1, "DK": size, "DV": size, "BK": size, "BV": size, "PREC": "tf32x3",
-            **more, **launch.blocks, **({} if full else dict.fromkeys(options)),
+            **switches, "H": 16, "G": 4, "DK": size, "DV": size, "BK": size, "BV": size, "PREC": "tf32x3",
+            **more, **launch.blocks, **dict.fromkeys(absent),
         }  # fmt: skip
-        label = f"attention {name} {size}{', linked with every option' if full else ''}"
+        label = {PLAIN: "", OPTIONS: ", every option", LINKED: ", links and every option"}[kind]
         return CompileSpec(
-            label, kernel, {**inputs, **options, **outputs[kernel], **numbers}, constants,
+            f"attention {name} {size}{label}", kernel, {**inputs, **options, **outputs[kernel], **numbers}, constants,
             launch.num_warps, launch.num_stages, strides,
         )  # fmt: skip
 
+    parts = (
+        ("forward", _forward_kernel, FORWARD),
+        ("backward queries", _backward_queries_kernel, BACKWARD_QUERIES),
+        ("backward keys", _backward_keys_kernel, BACKWARD_KEYS),
+    )
     for size in (64, 128, 256):
-        yield spec("forward", _forward_kernel, FORWARD, size, False)
-        yield spec("forward", _forward_kernel, FORWARD_LINKED, size, True)
-        yield spec("backward queries", _backward_queries_kernel, BACKWARD_QUERIES, size, False)
-        yield spec("backward queries", _backward_queries_kernel, BACKWARD_QUERIES_LINKED, size, True)
-        yield spec("backward keys and values", _backward_keys_kernel, BACKWARD_KEYS, size, False, DO_K=True, DO_V=True)
-        yield spec("backward keys", _backward_keys_kernel, BACKWARD_KEYS_LINKED, size, True, DO_K=True, DO_V=False)
-        yield spec("backward values", _backward_keys_kernel, BACKWARD_KEYS_LINKED, size, True, DO_K=False, DO_V=True)
-        yield spec("decode", _decode_kernel, DECODE, size, True, SPLIT=True)
+        for name, kernel, tables in parts:
+            for kind, table in tables.items():
+                launch = table.lookup(size, capability)
+                if kind == PLAIN and launch == tables[OPTIONS].lookup(size, capability):
+                    continue  # compiled with every option already, which takes more of everything
+                if kernel is not _backward_keys_kernel:
+                    yield spec(name, kernel, kind, launch, size)
+                elif kind == LINKED:
+                    yield spec(name, kernel, kind, launch, size, DO_K=True, DO_V=False)
+                    yield spec("backward values", kernel, kind, launch, size, DO_K=False, DO_V=True)
+                else:
+                    yield spec("backward keys and values", kernel, kind, launch, size, DO_K=True, DO_V=True)
+        yield spec("decode", _decode_kernel, LINKED, DECODE.lookup(size, capability), size, SPLIT=True)
     combine = COMBINE.lookup(256, capability)
     yield CompileSpec(
         "attention combine", _combine_kernel, {"parts": "*fp32", "lse": "*fp32", "y": "*bf16", "S": "i32"},
