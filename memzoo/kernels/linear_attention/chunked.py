@@ -73,26 +73,21 @@ def _chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Te
     if log_decay is None:
         scores = scores.masked_fill(future, 0.0)
         local = k.transpose(-1, -2) @ v
-        before = local.cumsum(2)
-        if state is not None:
-            before = before + state[:, :, None]
-        last = before[:, :, -1]
-        first = torch.zeros_like(last) if state is None else state
-        before = torch.cat((first[:, :, None], before[:, :, :-1]), dim=2)
+        kept = None
     else:
         since_start = _split(log_decay[..., None], chunk)[..., 0].cumsum(-1)  # [B, H, chunks, chunk]
         between = (since_start[..., :, None] - since_start[..., None, :]).masked_fill(future, -torch.inf)
         scores = scores * between.exp()
         until_end = since_start[..., -1:] - since_start
         local = k.transpose(-1, -2) @ (v * until_end.exp()[..., None])
-        kept = since_start[..., -1, None, None].exp()
-        last = torch.zeros_like(local[:, :, 0]) if state is None else state
-        starts = []
-        for written, factor in zip(local.unbind(2), kept.unbind(2)):
-            starts.append(last)
-            last = torch.addcmul(written, last, factor)
-        before = torch.stack(starts, dim=2)
+        kept = since_start[..., -1, None, None].exp().unbind(2)
         q = q * since_start.exp()[..., None]
+    last = local.new_zeros(local.shape[:2] + local.shape[3:]) if state is None else state
+    starts = []
+    for i, written in enumerate(local.unbind(2)):
+        starts.append(last)
+        last = last + written if kept is None else torch.addcmul(written, last, kept[i])
+    before = torch.stack(starts, dim=2)
     y = scores @ v + q @ before
     return y.flatten(2, 3)[:, :, :length].transpose(1, 2), last
 
