@@ -61,5 +61,9 @@ def load_needles(settings: Settings, tokenizer) -> Data:
         NeedleExamples(test, settings.eval_examples, settings.text_loss) if settings.eval_fraction else None,
         collate,
         endless=True,
-        about=f"{train.task} documents of {settings.length} tokens, {train.needles} needles and {train.queries} queries each",
+        about=f"{train.task} documents of {settings.length} tokens, needles: {_range(train.needles)}, questions: {train.queries} at most",
     )
+
+
+def _range(bounds: tuple[int, int]) -> str:
+    return str(bounds[0]) if bounds[0] == bounds[1] else f"{bounds[0]} to {bounds[1]}"

@@ -91,7 +91,7 @@ def test_needles_are_learned_from_their_answers(train, tmp_path):
         0.1,
     ]
     code, out, err = train(*TINY, *SHORT, *needles, "--batch_size", 2, "--eval_examples", 4, "--output", tmp_path / "run")
-    assert (code, err) == (0, "") and "eval_accuracy" in log(tmp_path / "run")[-1] and "2 needles" in out
+    assert (code, err) == (0, "") and "eval_accuracy" in log(tmp_path / "run")[-1] and "needles: 2" in out
 
 
 def test_gradient_checkpointing_and_bf16(train, text, tmp_path):
