@@ -29,6 +29,8 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 GOAL = 0.95  # accuracy at the training length
 
 console = Console(highlight=False)
+if not console.is_terminal:
+    console = Console(highlight=False, width=140)  # a log file has no width; the table needs this much
 
 
 class Training:
