@@ -138,8 +138,7 @@ def _run(op, q, k, v, read_modes, scale, window, prefix, key_strength, log_reten
     if not 0 < scale < math.inf:
         raise ValueError(f"{op}: scale is {scale!r}, needs a number above 0")
     cu_seqlens = _check_packing(op, q, k, cu_seqlens)
-    if window is None or window >= keys:
-        window, prefix = None, 0
+    window, prefix = (None, 0) if window is None or window >= keys else (window, min(prefix, keys))
 
     chosen = resolve_implementation(op, implementation, q)
     options = (float(scale), window, prefix, key_strength, log_retention, cu_seqlens)

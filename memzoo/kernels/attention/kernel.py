@@ -24,7 +24,10 @@ from .chunked import retention_bias, retention_gradient
 
 
 def _table(entries: dict[tuple[int, int], tuple[int, int, int, int]]) -> LaunchTable:
-    """Entries (BM queries, BN keys, warps, stages) by (head dimension, capability); float32 takes the entry of twice its dimension."""
+    """Entries (BM queries, BN keys, warps, stages) by (padded head dimension, capability).
+
+    float32 takes the entry of four times its dimension, 512 at most: exact products take twice the memory and more registers.
+    """
     return LaunchTable({key: Launch(w, s, {"BM": bm, "BN": bn}) for key, (bm, bn, w, s) in entries.items()})
 
 
@@ -255,7 +258,7 @@ def _forward_kernel(
     start = block * BM
     if start >= nq:
         return
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     q = _start(q, q0, sqb, sqt, VARLEN) + head * sqh
     k = _start(k, k0, skb, skt, VARLEN) + (head // G) * skh
     v = _start(v, k0, svb, svt, VARLEN) + (head // G) * svh
@@ -364,7 +367,7 @@ def _backward_queries_kernel(
     start = block * BM
     if start >= nq:
         return
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     q = _start(q, q0, sqb, sqt, VARLEN) + head * sqh
     k = _start(k, k0, skb, skt, VARLEN) + (head // G) * skh
     v = _start(v, k0, svb, svt, VARLEN) + (head // G) * svh
@@ -531,7 +534,7 @@ def _backward_keys_kernel(
     first = block * BN
     if first >= nk:
         return
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     q = _start(q, q0, sqb, sqt, VARLEN) + head * sqh
     k = _start(k, k0, skb, skt, VARLEN) + (head // G) * skh
     v = _start(v, k0, svb, svt, VARLEN) + (head // G) * svh
@@ -635,7 +638,7 @@ def _decode_kernel(
     Writes y [B Tq, H, DV]; with SPLIT the share's own result in float32 [B Tq, H, S, DV] and lse [B Tq, H, S].
     """
     split = tl.program_id(0)
-    key_head = tl.program_id(1)
+    key_head = tl.program_id(1).to(tl.int64)
     if VARLEN:
         q0, nq, k0, nk = _lengths(cu_q, cu_k, tl.program_id(2))
         if nq == 0:
@@ -720,7 +723,7 @@ def _combine_kernel(parts, lse, y, S, DV: tl.constexpr, BV: tl.constexpr, BS: tl
 
 def _launch(table: LaunchTable, q: Tensor, v: Tensor) -> Launch:
     size = max(next_power_of_2(q.shape[3]), next_power_of_2(v.shape[3]), 64)
-    return table.lookup(size * q.element_size() // 2, capability_of(q.device))
+    return table.lookup(min(4 * size, 512) if q.dtype == torch.float32 else size, capability_of(q.device))
 
 
 def _kind(constants: dict) -> str:
