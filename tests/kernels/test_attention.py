@@ -97,10 +97,10 @@ def test_chunked_is_the_definition(small_blocks, **choice):
     check_forms("chunked", **choice)
 
 
-@settings(max_examples=8)
+@settings(max_examples=16)
 @given(**options_of_forms)
 def test_triton_is_the_definition(small_blocks, **choice):
-    check_forms("triton", **{**choice, "batch": 1, "heads": 1})
+    check_forms("triton", **{**choice, "batch": 1})
 
 
 @pytest.mark.parametrize("links", [False, True])
@@ -229,8 +229,8 @@ def test_packed_pair_reads_a_padded_cache_where_it_lies(small_blocks):
 @pytest.mark.parametrize("implementation", FORMS)
 @pytest.mark.parametrize("full", [False, True])
 def test_causal_batch_independent_and_repeatable(implementation, full, small_blocks):
-    options = {"window": 9, "prefix": 20} if full else {}
-    args = example(queries=40, value_dim=16, dtype=form_dtype(implementation), **(EVERYTHING if full else {}))
+    options = {"window": 9, "prefix": 7} if full else {}
+    args = example(queries=24, heads=1, value_dim=16, dtype=form_dtype(implementation), **(EVERYTHING if full else {}))
     kept = {name: t.clone() for name, t in args.items()}
     before, again = run(args, implementation, **options), run(args, implementation, **options)
     assert torch.equal(before, again)
@@ -323,8 +323,14 @@ def test_finite_for_long_input():
     y = run(args, window=64, prefix=4)
     assert torch.isfinite(y).all()
     assert y[:, -1000:].abs().max() < 10 * y[:, :1000].abs().max()
-    last = part(args, slice(-2, None))  # a running sum of 22,000 must not blur what is near
-    assert_close(run(last, "triton"), run({n: t.double() for n, t in last.items()}, "chunked"), 1e-2)
+
+
+@pytest.mark.parametrize("implementation", FAST_FORMS)
+def test_long_running_sums_do_not_blur_what_is_near(implementation):
+    args = example(1, 2, 3000, heads=1, retention=True)
+    args["log_retention"] *= 8  # the running sum reaches -8,000
+    with torch.no_grad():
+        assert_close(run(args, implementation), run({n: t.double() for n, t in args.items()}, "reference"), 1e-3)
 
 
 @pytest.mark.parametrize("implementation", FAST_FORMS)
