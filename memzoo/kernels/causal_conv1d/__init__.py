@@ -82,17 +82,8 @@ def causal_conv1d(
     if chosen == "triton":
         from .kernel import causal_conv1d_step, causal_conv1d_triton
 
-        needs_grad = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, weight, bias, initial_state)
-        )
-        if (
-            length == 1
-            and cu_seqlens is None
-            and initial_state is not None
-            and output_final_state
-            and width > 1
-            and not needs_grad
-        ):
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, initial_state))
+        if length == 1 and cu_seqlens is None and initial_state is not None and output_final_state and width > 1 and not needs_grad:
             return causal_conv1d_step(x, weight, bias, activation, initial_state)
         output = causal_conv1d_triton(x, weight, bias, activation, initial_state, cu_seqlens)
     else:

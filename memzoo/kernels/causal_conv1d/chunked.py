@@ -47,9 +47,7 @@ def final_window(x: Tensor, width: int, initial_state: Tensor | None, cu_seqlens
     if cu_seqlens is None:
         before = x.new_zeros(x.shape[0], width - 1, x.shape[2]) if initial_state is None else initial_state
         return (
-            torch.cat((before, x[:, -(width - 1) :] if width > 1 else x[:, :0]), dim=1)[:, -(width - 1) :]
-            if width > 1
-            else before
+            torch.cat((before, x[:, -(width - 1) :] if width > 1 else x[:, :0]), dim=1)[:, -(width - 1) :] if width > 1 else before
         )
     count = cu_seqlens.numel() - 1
     if initial_state is None:
