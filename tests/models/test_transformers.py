@@ -89,6 +89,11 @@ def test_assisted_decoding_is_refused(name):
         zoo.model(name).generate(prompt(), prompt_lookup_num_tokens=2, **GREEDY)
 
 
+def test_foreign_caches_are_refused():
+    with pytest.raises(ValueError, match="cache_implementation is 'static'; memories bring their own cache"):
+        zoo.model("sdnc").generate(prompt(), cache_implementation="static", **GREEDY)
+
+
 @every_model
 def test_save_and_load_both_ways(name, tmp_path):
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
