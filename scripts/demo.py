@@ -138,7 +138,7 @@ def score_all(trainings: list[Training], settings: dict[str, dict], samples: int
                 training_length=length,
                 **difficulty,
             )
-        result["path"] = str(training.folder / "final")
+        result["path"] = os.path.relpath(training.folder / "final", ROOT)
         result["state_bytes"] = {str(n): model.state_bytes(n) for n in lengths}
         result["training_seconds"] = round(training.seconds, 1)
         results.append(result)
