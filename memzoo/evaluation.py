@@ -144,7 +144,7 @@ def evaluate_niah(
         "task": task,
         "parameters": sum(p.numel() for p in network.parameters()) if network is not None else None,
         "training_length": known,
-        "config": json.loads(config.to_json_string(use_diff=False)) if config is not None else None,
+        "config": _described(config),
         "settings": settings,
         "device": _device_name(network),
         "dtype": str(network.dtype).removeprefix("torch.") if network is not None else None,
@@ -155,6 +155,15 @@ def evaluate_niah(
         "samples": answers,
         "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def _described(config) -> dict | None:
+    """A configuration as JSON holds it, without the path it was loaded from: `path` says that."""
+    if config is None:
+        return None
+    fields = json.loads(config.to_json_string(use_diff=False))
+    fields.pop("_name_or_path", None)
+    return fields
 
 
 def _tokenizer(tokenizer, trust_remote_code: bool):
