@@ -97,7 +97,7 @@ def test_chunked_is_the_definition(small_blocks, **choice):
     check_forms("chunked", **choice)
 
 
-@settings(max_examples=16)
+@settings(max_examples=12)
 @given(**options_of_forms)
 def test_triton_is_the_definition(small_blocks, **choice):
     check_forms("triton", **{**choice, "batch": 1})

@@ -258,7 +258,7 @@ def _forward_kernel(
     start = block * BM
     if start >= nq:
         return
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(1)
     q = _start(q, q0, sqb, sqt, VARLEN) + head * sqh
     k = _start(k, k0, skb, skt, VARLEN) + (head // G) * skh
     v = _start(v, k0, svb, svt, VARLEN) + (head // G) * svh
@@ -367,7 +367,7 @@ def _backward_queries_kernel(
     start = block * BM
     if start >= nq:
         return
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(1)
     q = _start(q, q0, sqb, sqt, VARLEN) + head * sqh
     k = _start(k, k0, skb, skt, VARLEN) + (head // G) * skh
     v = _start(v, k0, svb, svt, VARLEN) + (head // G) * svh
@@ -534,7 +534,7 @@ def _backward_keys_kernel(
     first = block * BN
     if first >= nk:
         return
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(1)
     q = _start(q, q0, sqb, sqt, VARLEN) + head * sqh
     k = _start(k, k0, skb, skt, VARLEN) + (head // G) * skh
     v = _start(v, k0, svb, svt, VARLEN) + (head // G) * svh
@@ -638,7 +638,7 @@ def _decode_kernel(
     Writes y [B Tq, H, DV]; with SPLIT the share's own result in float32 [B Tq, H, S, DV] and lse [B Tq, H, S].
     """
     split = tl.program_id(0)
-    key_head = tl.program_id(1).to(tl.int64)
+    key_head = tl.program_id(1)
     if VARLEN:
         q0, nq, k0, nk = _lengths(cu_q, cu_k, tl.program_id(2))
         if nq == 0:
@@ -757,9 +757,15 @@ def _constants(q, k, v, window, read_modes, key_strength, log_retention, cu_q) -
     }
 
 
-def _ready(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Tensors whose last axis is contiguous; the rest may have any strides (a cache's rows are read where they lie)."""
-    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+def _ready(*tensors: Tensor) -> list[Tensor]:
+    """Tensors whose last axis is contiguous; the rest may have any strides (a cache's rows are read where they lie).
+
+    Offsets to a head, and between the rows of a tile, are int32 in the kernels: where they do not fit the tensor is copied.
+    """
+    return [
+        x if x.stride(3) == 1 and x.shape[2] * x.stride(2) < 2**31 and 256 * x.stride(1) < 2**31 else x.contiguous()
+        for x in tensors
+    ]
 
 
 def _base2(log_retention: Tensor | None, cu_k: Tensor | None) -> Tensor | None:
