@@ -266,19 +266,9 @@ def _forward_kernel(
     t = nk - nq + rows
     tokens = (q0 + rows) * H + head
     factor, fade_t, mode_b, mode_c, mode_f = _row_options(
-        modes,
-        strength,
-        fade,
-        (q0 + start) * H + head,
-        (k0 + nk - nq + start) * H + head,
-        tl.arange(0, BM) * H,
-        rows < nq,
-        scale,
-        H,
-        LINKED,
-        STRENGTH,
-        RETENTION,
-    )
+        modes, strength, fade, (q0 + start) * H + head, (k0 + nk - nq + start) * H + head, tl.arange(0, BM) * H, rows < nq,
+        scale, H, LINKED, STRENGTH, RETENTION,
+    )  # fmt: skip
     fade_head = fade
     if RETENTION:
         fade_head = fade + k0 * H + head
@@ -376,19 +366,9 @@ def _backward_queries_kernel(
     t = nk - nq + rows
     tokens = (q0 + rows) * H + head
     factor, fade_t, mode_b, mode_c, mode_f = _row_options(
-        modes,
-        strength,
-        fade,
-        (q0 + start) * H + head,
-        (k0 + nk - nq + start) * H + head,
-        tl.arange(0, BM) * H,
-        live,
-        scale,
-        H,
-        LINKED,
-        STRENGTH,
-        RETENTION,
-    )
+        modes, strength, fade, (q0 + start) * H + head, (k0 + nk - nq + start) * H + head, tl.arange(0, BM) * H, live, scale,
+        H, LINKED, STRENGTH, RETENTION,
+    )  # fmt: skip
     fade_head = fade
     if RETENTION:
         fade_head = fade + k0 * H + head
@@ -659,19 +639,9 @@ def _decode_kernel(
         t = nk - nq + rows
         tokens = (q0 + rows) * H + head
         factor, fade_t, mode_b, mode_c, mode_f = _row_options(
-            modes,
-            strength,
-            fade,
-            q0 * H,
-            (k0 + nk - nq) * H,
-            rows.to(tl.int64) * H + head,
-            live,
-            scale,
-            H,
-            LINKED,
-            STRENGTH,
-            RETENTION,
-        )
+            modes, strength, fade, q0 * H, (k0 + nk - nq) * H, rows.to(tl.int64) * H + head, live, scale, H, LINKED,
+            STRENGTH, RETENTION,
+        )  # fmt: skip
         fade_head = fade
         if RETENTION:
             fade_head = fade + (k0 * H + head)[:, None]
