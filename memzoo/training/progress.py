@@ -34,8 +34,7 @@ class Reporter:
         self.bar: Progress | None = None
         if self.console.is_terminal and accelerator.is_main_process:
             self.bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
+                BarColumn(bar_width=20),
                 TaskProgressColumn(),
                 TextColumn("{task.fields[shown]}"),
                 TimeRemainingColumn(elapsed_when_finished=True),
@@ -58,7 +57,7 @@ class Reporter:
             return
         self.log.write(json.dumps({"step": step, **values}) + "\n")
         self.log.flush()
-        shown = "  ".join(f"{name} {_short(name, value)}" for name, value in values.items() if name in _SHOWN)
+        shown = "  ".join(f"{name} {values[key]:{form}}" for key, (name, form) in _SHOWN.items() if key in values)
         if "eval_loss" in values:
             self.say(f"step {step}/{self.steps}  {shown}")
         elif self.bar:
@@ -82,10 +81,11 @@ class Reporter:
         self.accelerator.end_training()
 
 
-_SHOWN = ("loss", "learning_rate", "tokens_per_second", "eval_loss", "eval_accuracy")
-
-
-def _short(name: str, value: float) -> str:
-    if name == "learning_rate":
-        return f"{value:.2e}"
-    return f"{value:,.0f}" if name == "tokens_per_second" else f"{value:.4f}"
+# What a line shows of a step, by which name, and how.
+_SHOWN = {
+    "loss": ("loss", ".4f"),
+    "learning_rate": ("lr", ".1e"),
+    "tokens_per_second": ("tok/s", ",.0f"),
+    "eval_loss": ("eval loss", ".4f"),
+    "eval_accuracy": ("accuracy", ".4f"),
+}
