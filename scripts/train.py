@@ -28,6 +28,10 @@ from memzoo.training.optim import build_optimizer, learning_rate, set_learning_r
 from memzoo.training.progress import Reporter, quiet
 from memzoo.training.settings import Settings, parse_settings
 
+# Gloo's process group can wait for ever in its destructor: it joins its threads while it holds the interpreter's lock that one of them
+# wants. So a process of several keeps what refers to the group until it leaves, and leaves without destroying it.
+_KEPT: list = []
+
 
 def build_accelerator(settings: Settings) -> Accelerator:
     """Devices, precision and trackers. Batches and accumulation are ours: a step's examples depend on the step only."""
@@ -161,6 +165,8 @@ def train(settings: Settings) -> dict[str, float]:
             report.say(f"model: {export(accelerator, model, tokenizer, settings, facts)}")
         else:
             report.say(f"stopped after step {last}; --resume goes on")
+    if processes > 1:
+        _KEPT.append((accelerator, model))
     return values
 
 
@@ -172,4 +178,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_or_refuse(main))
+    code = run_or_refuse(main)
+    if _KEPT:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
