@@ -49,5 +49,9 @@ class ShortConvolution(nn.Module):
         """Bytes kept for one sequence."""
         return (self.weight.shape[1] - 1) * self.weight.shape[0] * itemsize
 
+    def flops_per_token(self) -> int:
+        """A multiply-add a tap and channel."""
+        return 2 * self.weight.numel()
+
     def extra_repr(self) -> str:
         return f"channels={self.weight.shape[0]}, width={self.weight.shape[1]}, activation={self.activation}"

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ..kernels import attention, linked_attention
 from ..kernels.common.packing import pack, unpack
+from .flops import projection_flops, rows_read
 from .gate import Gate
 from .layout import TokenLayout
 from .precision import wide
@@ -111,6 +112,12 @@ class ExternalMemory(nn.Module):
         rows = length if self.window is None else min(length, self.window)
         row = 2 * self.num_key_value_heads * self.head_dim * itemsize
         return rows * (row + (4 * self.num_heads if self.free_gate_proj is not None else 0))
+
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs of a token, averaged over a sequence of `length`: projections, and a product with the key and one with the value of every
+        row that a read sees, in every head and read step. The three reads of temporal links are one, of weights mixed element-wise."""
+        read = 2 * 2 * self.num_heads * self.head_dim * rows_read(length, self.window)
+        return projection_flops(self) + self.read_steps * read
 
 
 class ReadFromMemory(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import delta_rule, linear_attention
 from .convolution import ShortConvolution
+from .flops import projection_flops
 from .gate import Gate
 from .layout import TokenLayout
 from .precision import wide
@@ -131,3 +132,11 @@ class MatrixMemory(nn.Module):
         """Bytes kept for one sequence, whatever its length; the memory is float32."""
         held = 4 * self.num_heads * self.head_dim * (self.value_head_dim + (1 if self.normalize else 0))
         return held + sum(convolution.state_bytes(itemsize) for convolution in self.convolutions.values())
+
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs of a token, the same at every length: projections, convolutions, and products with the state: a write and a read, and
+        for delta writes the value that the key reads before. A normaliser is one more column of the state; decays are element-wise."""
+        products = 2 if self.write_rule == "additive" else 3
+        state = self.num_heads * self.head_dim * (self.value_head_dim + (1 if self.normalize else 0))
+        convolved = sum(convolution.flops_per_token() for convolution in self.convolutions.values())
+        return float(projection_flops(self) + convolved + products * 2 * state)

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedd
 from transformers.utils import can_return_tuple, logging
 
 from ..kernels.common.packing import token_positions
+from ..layers.flops import projection_flops
 from ..layers.layout import TokenLayout, indices_of_real_tokens
 from ..layers.state import LayerState
 from .cache import MemoryCache
@@ -77,6 +78,24 @@ class MemzooPreTrainedModel(PreTrainedModel):
         itemsize = (dtype or self.dtype).itemsize
         return sum(block.mixer.state_bytes(length, itemsize) for block in self.base_model.layers)
 
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs of one token of a forward pass, averaged over the tokens of one sequence of `length`; a multiply-add is 2.
+
+        Counted: every product of a token's vectors with weights (projections, convolutions, MLP, head) and with what is remembered
+        (states, rows), as the memory's definition makes them token by token. A write of a product into a state, S += k v^T, is a
+        multiply-add an element. Attention counts the rows that a token really sees: half the length on average, or its window.
+        Left out: look-ups of embeddings, whatever is element-wise (norms, gates, decays, activations, softmax, rotary embedding, biases),
+        and reads of an encoder's states. The chunked forms and kernels, which trade operations for parallelism, do more.
+
+        Raises:
+            ValueError: a length below 1.
+        """
+        if length < 1:
+            raise ValueError(f"{type(self).__name__}.flops_per_token: length is {length}, needs at least 1")
+        blocks = sum(block.mixer.flops_per_token(length) + projection_flops(block.mlp) for block in self.base_model.layers)
+        head = getattr(self, "lm_head", None)
+        return float(blocks + (0 if head is None else projection_flops(head)))
+
 
 class MemzooModel(MemzooPreTrainedModel):
     """The block stack without a head. Subclasses say which mixer a layer has."""
@@ -96,7 +115,8 @@ class MemzooModel(MemzooPreTrainedModel):
 
     @staticmethod
     def make_mixer(config: Any, index: int) -> nn.Module:
-        """The memory of layer `index`: called as mixer(hidden_states, layout, state), with a method `state_bytes(length, itemsize)`."""
+        """The memory of layer `index`: called as mixer(hidden_states, layout, state), with the methods `state_bytes(length, itemsize)`
+        and `flops_per_token(length)`."""
         raise TypeError("MemzooModel is the base of the architectures; build one of them, such as SDNCModel")
 
     @staticmethod
