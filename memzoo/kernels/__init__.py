@@ -4,5 +4,14 @@ from .attention import attention, linked_attention
 from .causal_conv1d import causal_conv1d
 from .delta_rule import delta_rule
 from .linear_attention import linear_attention
+from .neural_memory import NeuralMemoryState, neural_memory
 
-__all__ = ["attention", "causal_conv1d", "delta_rule", "linear_attention", "linked_attention"]
+__all__ = [
+    "NeuralMemoryState",
+    "attention",
+    "causal_conv1d",
+    "delta_rule",
+    "linear_attention",
+    "linked_attention",
+    "neural_memory",
+]

@@ -1,0 +1,189 @@
+"""The neural memory chunk by chunk in plain torch, at any depth: what a CPU runs, forward and backward.
+
+Within a chunk all gradients are taken at the same weights, so the recurrences of momentum and weights are linear in them. With
+`E[t,i] = prod_{i<m<=t} eta_m`, `D[t,i] = prod_{i<m<=t} (1 - alpha_m)` (both lower triangular), `e = prod eta`, `beta = prod (1 - alpha)`,
+`A = D E` and `c = D e`, layer by layer with its input rows X for the keys, H for the queries, and its output gradients G (times theta):
+
+    H W_t = beta_t H W + c_t H S - (A . H X^T) G                  what row t reads from this layer, without any copy of the weights
+    W' = beta_b W + c_b S - (A[b] X)^T G,   S' = e_b S - (E[b] X)^T G        after the chunk's last token
+
+Products of gates are taken as products (cumprod), which is exact for gates of 0 and 1 and has their gradients; logarithms have neither.
+Only the writes run chunk after chunk; the reads of several chunks are done at once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.packing import pack, unpack
+from .reference import NeuralMemoryState, read_memory
+
+GROUP = 16  # chunks whose states are held for one batched read
+
+
+def neural_memory_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    momentum: Tensor,
+    decay: Tensor,
+    weights: tuple[Tensor, ...],
+    chunk_size: int,
+    residual: bool,
+    loss: str,
+    max_grad_norm: float | None,
+    initial_state: NeuralMemoryState | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, NeuralMemoryState | None]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    total, output_dtype = q.shape[1], q.dtype
+    tokens = [x.to(dtype) for x in (q, k, v, lr, momentum, decay)]
+    lengths = None
+    if cu_seqlens is not None:
+        lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+        tokens = [unpack(x, cu_seqlens) for x in tokens]
+    count = tokens[0].shape[0]
+    position = None if initial_state is None else initial_state.position
+    if initial_state is None:
+        running = tuple(w.to(dtype).expand(count, *w.shape) for w in weights)
+        state = NeuralMemoryState(running, tuple(torch.zeros_like(w) for w in running), running, None)
+    else:
+        state = initial_state
+    inner = (residual, loss, max_grad_norm)
+    if total == 1 and cu_seqlens is None:
+        output, state = _one_token(*tokens, state, chunk_size, *inner)
+    else:
+        output, state = _chunks(*tokens, state, position, lengths, chunk_size, *inner)
+    if cu_seqlens is not None:
+        output = pack(output, cu_seqlens, total)
+    return output.to(output_dtype), state if output_final_state else None
+
+
+def gradients(weights, k, v, theta, residual, loss, max_grad_norm) -> tuple[list[Tensor], list[Tensor]]:
+    """(inputs of each layer, theta times the gradients at each layer's output) for rows k [..., T, D]; a layer's gradient is x^T g."""
+    inputs, before = [k], []
+    for weight in weights[:-1]:
+        before.append(inputs[-1] @ weight)
+        inputs.append(F.gelu(before[-1]))
+    if loss == "dot":
+        grads = [-v]
+    else:
+        read = inputs[-1] @ weights[-1]
+        grads = [(read + k if residual else read) - v]
+    for weight, z in zip(reversed(weights[1:]), reversed(before)):
+        slope = 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+        grads.insert(0, (grads[0] @ weight.mT) * slope)
+    if max_grad_norm is not None:
+        # Each layer's gradient has rank one, so its norm is |x| |g|. theta min(1, max / norm), without a division by 0.
+        squares = sum(x.square().sum(-1, keepdim=True) * g.square().sum(-1, keepdim=True) for x, g in zip(inputs, grads))
+        theta = theta * max_grad_norm * squares.clamp(min=max_grad_norm**2).rsqrt()
+    return inputs, [theta * g for g in grads]
+
+
+def _one_token(q, k, v, lr, momentum, decay, state, chunk_size, residual, loss, max_grad_norm):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    theta, eta, alpha = (x[:, 0, :, None, None] for x in (lr, momentum, decay))
+    position, start = state.position, state.start
+    if position is None:
+        position = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+    closed = (position == 0)[:, None, None, None]
+    start = tuple(torch.where(closed, w, s) for w, s in zip(state.weights, start))
+    inputs, grads = gradients(start, k, v, theta, residual, loss, max_grad_norm)
+    surprise = tuple(eta * s - x.mT @ g for s, x, g in zip(state.momentum, inputs, grads))
+    running = tuple((1 - alpha) * w + s for w, s in zip(state.weights, surprise))
+    position = (position + 1) % chunk_size
+    closed = (position == 0)[:, None, None, None]
+    start = tuple(torch.where(closed, w, s) for w, s in zip(running, start))
+    output = read_memory(running, q, residual).transpose(1, 2)
+    return output, NeuralMemoryState(running, surprise, start, position)
+
+
+def _chunks(q, k, v, lr, momentum, decay, state, position, lengths, chunk_size, residual, loss, max_grad_norm):
+    count, length, heads = lr.shape
+    running, surprise, opened = state.weights, state.momentum, state.start
+    size = chunk_size if position is not None else min(chunk_size, length)
+    chunks = -(-(length if position is None else length + size - 1) // size)
+    # Every sequence gets whole chunks of places. Places before its open chunk's first new token and after its end hold no token: there
+    # theta is 0, nothing decays and no momentum is added, so that they change nothing.
+    token = torch.arange(chunks * size, device=q.device)[None]
+    if position is not None:
+        token = token - position[:, None]
+    real = (token >= 0) & (token < (length if lengths is None else lengths[:, None]))
+
+    def lay(x: Tensor) -> Tensor:  # [N, T, H, ...] to [N, H, chunks, size, ...]
+        if position is None:
+            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, chunks * size - length))
+        else:
+            x = x[torch.arange(count, device=x.device)[:, None], token.clamp(0, length - 1)]
+        return x.unflatten(1, (chunks, size)).movedim(3, 1)
+
+    real = real.expand(count, -1).unflatten(1, (chunks, size))[:, None]
+    q, k, v = lay(q), lay(k), lay(v)
+    theta = lay(lr).masked_fill(~real, 0)[..., None]
+    eta, keep = lay(momentum).masked_fill(~real, 1), (1 - lay(decay)).masked_fill(~real, 1)
+    later = torch.ones(size, size, dtype=torch.bool, device=q.device).tril(-1)
+    spans = torch.stack((eta, keep))[..., None].expand(*(-1,) * 5, size)
+    momenta, decays = spans.masked_fill(~later, 1).cumprod(-2).tril()
+    since = torch.stack((eta, keep)).cumprod(-1)[..., None]  # products since the chunk's start: e and beta
+    added = real[..., None].to(q.dtype)  # a place without a token does not add the momentum to the weights
+    mask = decays @ (added * momenta)
+    beta, carried = since[1], decays @ (added * since[0])
+    ends = torch.stack((mask[..., -1, :], momenta[..., -1, :]), -1)[..., None]  # weights of the chunk's tokens in W' and S'
+    kept = torch.stack((beta[..., -1, :], carried[..., -1, :], since[0][..., -1, :]), -1)[..., None]
+    keys = (ends * k[..., None, :]).flatten(-2)  # [..., size, 2 D]
+
+    if position is not None:
+        unopened = (position == 0)[:, None, None, None]
+        open_chunk = ((position + (length if lengths is None else lengths)) // size)[:, None, None, None]
+    elif lengths is not None:
+        open_chunk = (lengths // chunk_size)[:, None, None, None]
+    else:
+        open_chunk = length // chunk_size
+    outputs = []
+    for first in range(0, chunks, GROUP):
+        group = range(first, min(first + GROUP, chunks))
+        held = []
+        for c in group:
+            start = running
+            if c == 0 and position is not None:
+                start = tuple(torch.where(unopened, w, s) for w, s in zip(running, opened))
+            inputs, grads = gradients(start, k[:, :, c], v[:, :, c], theta[:, :, c], residual, loss, max_grad_norm)
+            held.append((running, surprise, inputs[1:], grads))
+            if isinstance(open_chunk, int):
+                opened = start if c == open_chunk else opened
+            else:
+                opened = tuple(torch.where(open_chunk == c, s, o) for s, o in zip(start, opened))
+            beta_last, carried_last, since_last = kept[:, :, c].unbind(-2)
+            written = [keys[:, :, c].mT @ grads[0]]
+            written += [(ends[:, :, c] * x[..., None, :]).flatten(-2).mT @ g for x, g in zip(inputs[1:], grads[1:])]
+            new = []
+            for w, s, change in zip(running, surprise, written):
+                to_weights, to_momentum = change.chunk(2, -2)
+                new.append((beta_last * w + carried_last * s - to_weights, since_last * s - to_momentum))
+            running, surprise = zip(*new)
+        weights, momenta_of, inputs, grads = ([torch.stack(layer, 2) for layer in zip(*part)] for part in zip(*held))
+        here = slice(group.start, group.stop)
+        inputs = [k[:, :, here], *inputs]
+        read = q[:, :, here]
+        for x, w, s, g in zip(inputs, weights, momenta_of, grads):
+            rows = read if x is inputs[0] else F.gelu(read)
+            read = beta[:, :, here] * (rows @ w) + carried[:, :, here] * (rows @ s) - (mask[:, :, here] * (rows @ x.mT)) @ g
+        outputs.append(q[:, :, here] + read if residual else read)
+    output = torch.cat(outputs, 2).movedim(1, 3).flatten(1, 2)
+    end = lengths if lengths is not None else torch.full((count,), length, device=q.device)
+    if position is None:
+        output = output[:, :length]
+    else:
+        end = position + end
+        place = (position[:, None] + torch.arange(length, device=q.device)).clamp(max=chunks * size - 1)
+        output = output[torch.arange(count, device=q.device)[:, None], place]
+    position = end % chunk_size
+    closed = (position == 0)[:, None, None, None]
+    opened = tuple(torch.where(closed, w, s) for w, s in zip(running, opened))
+    return output, NeuralMemoryState(running, surprise, opened, position)
