@@ -104,8 +104,22 @@ def _one_token(q, k, v, lr, momentum, decay, state, chunk_size, residual, loss, 
     return output, NeuralMemoryState(running, surprise, start, position)
 
 
+def _masks(eta: Tensor, keep: Tensor, real: Tensor) -> tuple[Tensor, ...]:
+    """A, beta and c of every chunk, and for its last place (A[b], E[b]) and (beta_b, c_b, e_b), from gates [N, H, chunks, size]."""
+    size = eta.shape[-1]
+    later = torch.ones(size, size, dtype=torch.bool, device=eta.device).tril(-1)
+    gates = torch.stack((eta, keep))
+    momenta, decays = gates[..., None].expand(*(-1,) * 5, size).masked_fill(~later, 1).cumprod(-2).tril()
+    e, beta = gates.cumprod(-1)[..., None]
+    added = real[..., None].to(eta.dtype)  # a place without a token does not add the momentum to the weights
+    mask, carried = decays @ (added * momenta), decays @ (added * e)
+    ends = torch.stack((mask[..., -1, :], momenta[..., -1, :]), -1)[..., None]
+    kept = torch.stack((beta[..., -1, :], carried[..., -1, :], e[..., -1, :]), -1)[..., None]
+    return mask, beta, carried, ends, kept
+
+
 def _chunks(q, k, v, lr, momentum, decay, state, position, lengths, chunk_size, residual, loss, max_grad_norm):
-    count, length, heads = lr.shape
+    count, length = lr.shape[:2]
     running, surprise, opened = state.weights, state.momentum, state.start
     size = chunk_size if position is not None else min(chunk_size, length)
     chunks = -(-(length if position is None else length + size - 1) // size)
@@ -127,15 +141,7 @@ def _chunks(q, k, v, lr, momentum, decay, state, position, lengths, chunk_size, 
     q, k, v = lay(q), lay(k), lay(v)
     theta = lay(lr).masked_fill(~real, 0)[..., None]
     eta, keep = lay(momentum).masked_fill(~real, 1), (1 - lay(decay)).masked_fill(~real, 1)
-    later = torch.ones(size, size, dtype=torch.bool, device=q.device).tril(-1)
-    spans = torch.stack((eta, keep))[..., None].expand(*(-1,) * 5, size)
-    momenta, decays = spans.masked_fill(~later, 1).cumprod(-2).tril()
-    since = torch.stack((eta, keep)).cumprod(-1)[..., None]  # products since the chunk's start: e and beta
-    added = real[..., None].to(q.dtype)  # a place without a token does not add the momentum to the weights
-    mask = decays @ (added * momenta)
-    beta, carried = since[1], decays @ (added * since[0])
-    ends = torch.stack((mask[..., -1, :], momenta[..., -1, :]), -1)[..., None]  # weights of the chunk's tokens in W' and S'
-    kept = torch.stack((beta[..., -1, :], carried[..., -1, :], since[0][..., -1, :]), -1)[..., None]
+    mask, beta, carried, ends, kept = _masks(eta, keep, real)
     keys = (ends * k[..., None, :]).flatten(-2)  # [..., size, 2 D]
 
     if position is not None:
@@ -145,6 +151,8 @@ def _chunks(q, k, v, lr, momentum, decay, state, position, lengths, chunk_size, 
         open_chunk = (lengths // chunk_size)[:, None, None, None]
     else:
         open_chunk = length // chunk_size
+    # Taken apart once: the gradient of one chunk's slice would fill a tensor of all chunks.
+    by_chunk = list(zip(*(x.unbind(2) for x in (k, v, theta, ends, kept, keys))))
     outputs = []
     for first in range(0, chunks, GROUP):
         group = range(first, min(first + GROUP, chunks))
@@ -153,25 +161,26 @@ def _chunks(q, k, v, lr, momentum, decay, state, position, lengths, chunk_size, 
             start = running
             if c == 0 and position is not None:
                 start = tuple(torch.where(unopened, w, s) for w, s in zip(running, opened))
-            inputs, grads = gradients(start, k[:, :, c], v[:, :, c], theta[:, :, c], residual, loss, max_grad_norm)
+            key, value, step, to_end, last, key_to_end = by_chunk[c]
+            inputs, grads = gradients(start, key, value, step, residual, loss, max_grad_norm)
             held.append((running, surprise, inputs[1:], grads))
             if isinstance(open_chunk, int):
                 opened = start if c == open_chunk else opened
             else:
                 opened = tuple(torch.where(open_chunk == c, s, o) for s, o in zip(start, opened))
-            beta_last, carried_last, since_last = kept[:, :, c].unbind(-2)
-            written = [keys[:, :, c].mT @ grads[0]]
-            written += [(ends[:, :, c] * x[..., None, :]).flatten(-2).mT @ g for x, g in zip(inputs[1:], grads[1:])]
+            beta_last, carried_last, since_last = last.unbind(-2)
+            written = [key_to_end.mT @ grads[0]]
+            written += [(to_end * x[..., None, :]).flatten(-2).mT @ g for x, g in zip(inputs[1:], grads[1:])]
             new = []
             for w, s, change in zip(running, surprise, written):
                 to_weights, to_momentum = change.chunk(2, -2)
                 new.append((beta_last * w + carried_last * s - to_weights, since_last * s - to_momentum))
             running, surprise = zip(*new)
-        weights, momenta_of, inputs, grads = ([torch.stack(layer, 2) for layer in zip(*part)] for part in zip(*held))
+        weights, momentum, inputs, grads = ([torch.stack(layer, 2) for layer in zip(*part)] for part in zip(*held))
         here = slice(group.start, group.stop)
         inputs = [k[:, :, here], *inputs]
         read = q[:, :, here]
-        for x, w, s, g in zip(inputs, weights, momenta_of, grads):
+        for x, w, s, g in zip(inputs, weights, momentum, grads):
             rows = read if x is inputs[0] else F.gelu(read)
             read = beta[:, :, here] * (rows @ w) + carried[:, :, here] * (rows @ s) - (mask[:, :, here] * (rows @ x.mT)) @ g
         outputs.append(q[:, :, here] + read if residual else read)
