@@ -61,10 +61,13 @@ class NeedleDocuments:
             raise ValueError(f"queries is {queries}, needs 1 to the number of needles ({most})")
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-text token, which needle documents end with")
+        form = find_format(task)
+        if form.keys * form.answers > 1 or form.haystack == "needle":
+            raise ValueError(f"{task} has no training documents, needs niah_single_1, niah_single_2 or niah_single_3")
         self.tokenizer, self.length, self.seed, self.task, self.loss = tokenizer, length, seed, task, loss
         self.needles, self.queries = (fewest, most), most if queries is None else queries
         self.difficulty = {"value_digits": value_digits, "key_words": key_words}
-        self.haystack = Haystack.of(find_format(task).haystack, split, tokenizer)
+        self.haystack = Haystack.of(form.haystack, split, tokenizer)
         self._pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._grain = max(8.0, self.haystack.cost(0, 1))  # tokens that padding may make up for without a second look
         # What a document with so many needles costs without its haystack; one may cost a little more or less, `__getitem__` settles that.

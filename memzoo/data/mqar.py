@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .niah import TooShort
+from .symbols import single_token_words, written
+
+__all__ = ["associative_recall", "make_mqar"]
 
 
 def associative_recall(
@@ -40,3 +46,47 @@ def associative_recall(
     labels = torch.full((batch, length), -100)
     labels.scatter_(1, asked + 1, values)
     return ids, labels
+
+
+def make_mqar(
+    tokenizer, length: int, rng: np.random.Generator, *, pairs: int | None = None, words: int | None = None, power: float = 0.01
+) -> dict:
+    """One sequence of `associative_recall` as text: every token is a word that is one token of the tokenizer.
+
+    Args:
+        length: tokens of the sequence.
+        pairs: key-value pairs, each asked for once; a sixteenth of the length, at most 256 and at most the keys there are, if None.
+        words: words used, half of them keys and half values: at most 8,192, as in the paper, if None. Fewer are easier.
+        power: of the law that queries follow.
+
+    Returns:
+        input (the whole sequence), queries (for each key that is asked for: characters of `input` up to it), outputs (their values),
+        length, tokens, pairs.
+
+    Raises:
+        ValueError: too few words for the pairs, or a length below four times the pairs.
+    """
+    vocabulary = single_token_words(tokenizer, words, "mqar")[:8192]
+    if len(vocabulary) < 16:
+        raise ValueError(f"mqar needs 16 words that are one token each, has {len(vocabulary)}")
+    keys = len(vocabulary) // 2 - 1
+    pairs = max(1, min(length // 16, 256, keys)) if pairs is None else pairs
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    extra = written(tokenizer, [vocabulary[-1]])[1] - 1  # a beginning of text, say
+    if length - extra < 4 * pairs:
+        raise TooShort(f"mqar: length {length} is too short for {pairs} pairs, needs at least {4 * pairs + extra}")
+    ids, labels = associative_recall(1, length - extra, pairs, len(vocabulary), generator, power)
+    said = [vocabulary[i] for i in ids[0].tolist()]
+    text, tokens = written(tokenizer, said)
+    ends = np.cumsum([len(word) + 1 for word in said])
+    asked = (labels[0] != -100).nonzero()[:, 0].tolist()
+    return {
+        "input": text,
+        "gen_prefix": "",
+        "queries": [int(ends[place - 1]) for place in asked],
+        "outputs": [vocabulary[labels[0, place]] for place in asked],
+        "length": length,
+        "tokens": tokens,
+        "pairs": pairs,
+        "chance": 1.0 / (len(vocabulary) - len(vocabulary) // 2),
+    }

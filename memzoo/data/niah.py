@@ -1,7 +1,10 @@
 """Needles in a haystack in the formats of RULER (Hsieh et al. 2024): one scored sample, or a grid of them.
 
-Three tasks: `niah_single_1` hides a number in a line of noise said again and again, `niah_single_2` hides it in prose,
-`niah_single_3` hides a UUID in prose. Header, needle, question and the start of the answer are RULER's words, as lm-eval has them.
+Eight tasks. One needle: `niah_single_1` hides a number in a line of noise said again and again, `niah_single_2` hides it in prose,
+`niah_single_3` hides a UUID in prose. One needle among others: `niah_multikey_1` with three more in prose, `niah_multikey_2` and
+`niah_multikey_3` (UUIDs for keys and values) in a haystack that is nothing but needles. Several answers: `niah_multivalue` asks for the
+four values of one key, `niah_multiquery` for the values of four keys. Header, needle, question and the start of the answer are RULER's
+words, as lm-eval has them.
 """
 
 from __future__ import annotations
@@ -25,24 +28,59 @@ HEADER = (
 NEEDLE = "One of the special magic {plural} for {key} is: {value}."
 QUESTION = "What is the special magic {singular} for {key} mentioned in the provided text?"
 PREFIX = "The special magic {singular} for {key} mentioned in the provided text is"
+# The same with several answers.
+HEADERS = (
+    "Some special magic {plural} are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {plural} afterwards."
+)
+QUESTIONS = "What are all the special magic {plural} for {key} mentioned in the provided text?"
+PREFIXES = "The special magic {plural} for {key} mentioned in the provided text are"
 
 MAX_DIGITS = 14
 
 
 @dataclass(frozen=True)
 class Format:
-    """What a task hides and where: kind of haystack, kind of value, tokens kept free for the answer with any usual tokenizer."""
+    """What a task hides and where.
+
+    Attributes:
+        haystack: "repeat" (a line of noise), "essay" (prose) or "needle" (other needles, one a line).
+        values: "numbers" or "uuids".
+        answer_tokens: tokens kept free for the answer, enough with any usual tokenizer.
+        keys: keys that are hidden beside the haystack's own.
+        values_per_key: values of each key.
+        queries: keys that are asked for.
+        key_kind: "words" or "uuids".
+    """
 
     haystack: str
     values: str
     answer_tokens: int
+    keys: int = 1
+    values_per_key: int = 1
+    queries: int = 1
+    key_kind: str = "words"
+
+    @property
+    def answers(self) -> int:
+        """Values that are asked for."""
+        return self.queries * self.values_per_key
 
 
 FORMATS = {
     "niah_single_1": Format("repeat", "numbers", 16),
     "niah_single_2": Format("essay", "numbers", 16),
     "niah_single_3": Format("essay", "uuids", 48),
+    "niah_multikey_1": Format("essay", "numbers", 16, keys=4),
+    "niah_multikey_2": Format("needle", "numbers", 16),
+    "niah_multikey_3": Format("needle", "uuids", 48, key_kind="uuids"),
+    "niah_multivalue": Format("essay", "numbers", 64, values_per_key=4),
+    "niah_multiquery": Format("essay", "numbers", 64, keys=4, queries=4),
 }
+
+
+class TooShort(ValueError):
+    """A length that a task's template does not fit into; the message says the shortest that works."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +131,8 @@ def draw_needles(
     Raises:
         ValueError: an unknown task, or difficulty out of range.
     """
-    values = find_format(task).values
+    form = find_format(task)
+    values = form.values
     if not 1 <= value_digits <= MAX_DIGITS:
         raise ValueError(f"value_digits is {value_digits}, needs 1 to {MAX_DIGITS}")
     if key_words not in (1, 2):
@@ -106,13 +145,7 @@ def draw_needles(
     keys: dict[str, str] = {}
     taken: set[str] = set()
     for _ in range(1000 * count):
-        key = NOUNS[rng.integers(len(NOUNS))]
-        if key_words == 2:
-            key = f"{ADJECTIVES[rng.integers(len(ADJECTIVES))]}-{key}"
-        if values == "uuids":
-            value = str(uuid.UUID(bytes=rng.bytes(16), version=4))
-        else:
-            value = str(rng.integers(10 ** (value_digits - 1), 10**value_digits))
+        key, value = _draw(form, rng, value_digits, key_words)
         if key in keys or value in taken or value in avoid:
             continue
         keys[key] = value
@@ -122,14 +155,39 @@ def draw_needles(
     raise ValueError(f"no {value_digits}-digit values are left that the haystack does not hold")
 
 
+def _draw(form: Format, rng: np.random.Generator, value_digits: int, key_words: int) -> tuple[str, str]:
+    """A random key and value."""
+    if form.key_kind == "uuids":
+        key = _uuid(rng)
+    else:
+        key = NOUNS[rng.integers(len(NOUNS))]
+        if key_words == 2:
+            key = f"{ADJECTIVES[rng.integers(len(ADJECTIVES))]}-{key}"
+    if form.values == "uuids":
+        return key, _uuid(rng)
+    return key, str(rng.integers(10 ** (value_digits - 1), 10**value_digits))
+
+
+def _uuid(rng: np.random.Generator) -> str:
+    return str(uuid.UUID(bytes=rng.bytes(16), version=4))
+
+
 def header(task: str) -> str:
     """The lines before the haystack."""
-    return HEADER.format(singular=find_format(task).values[:-1])
+    form = find_format(task)
+    return (HEADER if form.answers == 1 else HEADERS).format(singular=form.values[:-1], plural=form.values)
 
 
 def prompt(needle: Needle, context: str) -> str:
     """The input of a sample: header, haystack with the needle in it, question. The answer's prefix follows after a space."""
     return f"{HEADER.format(singular=needle.values[:-1])}\n{context}\n{needle.question}"
+
+
+def prompt_several(values: str, keys: Sequence[str], context: str) -> tuple[str, str]:
+    """Input and answer's prefix of a sample with several answers, for the keys that are asked for ("numbers" or "uuids" as values)."""
+    key = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
+    names = {"plural": values, "key": key}
+    return f"{HEADERS.format(**names)}\n{context}\n{QUESTIONS.format(**names)}", PREFIXES.format(**names)
 
 
 def _largest_fit(measure: Callable[[int], int], guess: int, limit: int) -> int:
@@ -150,7 +208,7 @@ def make_sample(
     task: str,
     tokenizer,
     length: int,
-    depth: float,
+    depth: float | None,
     rng: np.random.Generator,
     *,
     value_digits: int = 7,
@@ -161,59 +219,94 @@ def make_sample(
     """One sample of at most `length` tokens with its needle at `depth`.
 
     Args:
-        task: "niah_single_1", "niah_single_2" or "niah_single_3".
+        task: a name in FORMATS.
         tokenizer: a fast tokenizer.
         length: tokens of prompt, answer's prefix and answer together.
-        depth: share of the haystack before the needle, 0 to 1; the needle goes to the nearest end of a sentence.
+        depth: share of the haystack before the needle that is asked for, 0 to 1; in prose it goes to the nearest end of a sentence. The
+            other needles of niah_multikey_1 are at random depths. Tasks with several answers hide all of them at random depths; they
+            take None, or a depth that they only check.
         rng: where the randomness comes from.
         value_digits, key_words: difficulty, see `draw_needles`; the defaults are RULER's.
         split: which part of the prose.
-        answer_tokens: tokens of `length` kept free for the answer; 16 for numbers and 48 for UUIDs if None.
+        answer_tokens: tokens of `length` kept free for the answer; 16 for a number and 48 for a UUID, times the answers, if None.
 
     Returns:
-        input (prompt without the answer's prefix), gen_prefix, outputs (list with the value), length (as asked), tokens (prompt and
-        prefix, as counted), depth (as asked), key, value. The real length is within one word (or one line of noise) of `length`.
+        input (prompt without the answer's prefix), gen_prefix, outputs (list of the values), length (as asked), tokens (prompt and
+        prefix, as counted), depth (as asked; None with several answers), key, value. The real length is within one word (one line of
+        noise, one needle) of `length`.
 
     Raises:
         ValueError: an unknown task, a depth outside 0 to 1, a difficulty out of range, or a length too short for the template, with
             the shortest that works.
     """
     form = find_format(task)
+    if depth is None:
+        depth = 0.5
     if not 0.0 <= depth <= 1.0:
         raise ValueError(f"depth is {depth}, needs 0 to 1")
     reserve = form.answer_tokens if answer_tokens is None else answer_tokens
-    haystack = Haystack.of(form.haystack, split, tokenizer)
-    start = haystack.draw(rng)
     budget = length - reserve
-    reach = max(haystack.units_within(start, max(budget, 0)), 1)
-    needle = draw_needles(
-        task,
-        rng,
-        value_digits=value_digits,
-        key_words=key_words,
-        avoid=haystack.text(start, reach) if form.haystack == "essay" else "",
-    )[0]
+    haystack, avoid = None, ""
+    if form.haystack != "needle":
+        haystack = Haystack.of(form.haystack, split, tokenizer)
+        start = haystack.draw(rng)
+        if form.haystack == "essay":
+            avoid = haystack.text(start, max(haystack.units_within(start, max(budget, 0)), 1))
+    elif not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"needle documents need a fast tokenizer, {type(tokenizer).__name__} is not one")
+    needles = draw_needles(
+        task, rng, form.keys * form.values_per_key, value_digits=value_digits, key_words=key_words, avoid=avoid
+    )
+    if form.values_per_key > 1:
+        needles = [Needle(needles[0].key, needle.value, form.values) for needle in needles]
+    depths, asked = [depth] * len(needles), needles[:1]
+    if form.answers > 1:
+        depths, asked = rng.random(len(needles)).tolist(), needles
+        if form.queries > 1:
+            asked = [needles[index] for index in rng.permutation(len(needles))[: form.queries]]
+    elif len(needles) > 1:
+        depths[1:] = rng.random(len(needles) - 1).tolist()
+    others: list[str] = []  # the lines of a haystack of needles, drawn as they are needed
 
-    def build(units: int) -> str:
-        return prompt(needle, haystack.text(start, units, [(haystack.place(start, units, depth), needle.sentence)]))
+    def context(units: int) -> str:
+        if haystack is not None:
+            places = [(haystack.place(start, units, d), needle.sentence) for d, needle in zip(depths, needles)]
+            return haystack.text(start, units, places)
+        while len(others) < units:
+            key, value = _draw(form, rng, value_digits, key_words)
+            if key != needles[0].key and value != needles[0].value:
+                others.append(Needle(key, value, form.values).sentence)
+        place = round(depth * units)
+        return "\n".join([*others[:place], needles[0].sentence, *others[place:units]])
+
+    @cache
+    def build(units: int) -> tuple[str, str]:
+        if form.answers == 1:
+            return prompt(needles[0], context(units)), needles[0].prefix
+        keys = [needle.key for needle in asked] if form.queries > 1 else [needles[0].key]
+        return prompt_several(form.values, keys, context(units))
 
     @cache
     def measure(units: int) -> int:
-        return len(tokenizer(f"{build(units)} {needle.prefix}").input_ids)
+        return len(tokenizer(" ".join(build(units))).input_ids)
 
     shortest = measure(1)
     if shortest > budget:
-        raise ValueError(f"{task}: length {length} is too short for the template, needs at least {shortest + reserve}")
-    units = _largest_fit(measure, haystack.units_within(start, budget - shortest), budget)
+        raise TooShort(f"{task}: length {length} is too short for the template, needs at least {shortest + reserve}")
+    spare = budget - shortest
+    # The first ten lines of needles say what a line costs, in tens so that rounding does not matter.
+    guess = haystack.units_within(start, spare) if haystack is not None else spare * 10 // max(measure(11) - shortest, 1)
+    units = _largest_fit(measure, guess, budget)
+    text, prefix = build(units)
     return {
-        "input": build(units),
-        "gen_prefix": needle.prefix,
-        "outputs": [needle.value],
+        "input": text,
+        "gen_prefix": prefix,
+        "outputs": [needle.value for needle in asked],
         "length": length,
         "tokens": measure(units),
-        "depth": float(depth),
-        "key": needle.key,
-        "value": needle.value,
+        "depth": float(depth) if form.answers == 1 else None,
+        "key": ", ".join(dict.fromkeys(needle.key for needle in asked)),
+        "value": ", ".join(needle.value for needle in asked),
     }
 
 
@@ -226,19 +319,35 @@ def needle_samples(
     seed: int = 0,
     **difficulty,
 ) -> Iterator[dict]:
-    """`samples` samples for every length and depth. A sample depends on the seed, its cell and its number only, not on the grid."""
+    """`samples` samples for every length and depth. A sample depends on the seed, its cell and its number only, not on the grid.
+
+    Tasks with several answers have no depth: they get as many samples, of one kind.
+    """
     if samples < 1 or not lengths or not depths:
         raise ValueError(f"no samples to make: lengths {list(lengths)}, depths {list(depths)}, samples {samples}")
     for length in lengths:
-        for depth in depths:
-            for number in range(samples):
-                rng = np.random.default_rng([seed, length, round(depth * 1_000_000), number])
-                yield make_sample(task, tokenizer, int(length), float(depth), rng, **difficulty)
+        for depth, number in needle_cells(task, depths, samples * len(depths)):
+            yield needle_sample(task, tokenizer, int(length), depth, number, seed, **difficulty)
+
+
+def needle_cells(task: str, depths: Sequence[float], count: int) -> list[tuple[float | None, int]]:
+    """(depth, number of the sample at it) of `count` samples, shared out evenly among the depths, depth by depth."""
+    if find_format(task).answers > 1:
+        return [(None, number) for number in range(count)]
+    fewest, more = divmod(count, len(depths))
+    return [(float(depth), number) for i, depth in enumerate(depths) for number in range(fewest + (i < more))]
+
+
+def needle_sample(task: str, tokenizer, length: int, depth: float | None, number: int, seed: int = 0, **difficulty) -> dict:
+    """Sample `number` of a length and depth, always the same."""
+    place = 1_000_001 if depth is None else round(depth * 1_000_000)
+    rng = np.random.default_rng([seed, length, place, number])
+    return make_sample(task, tokenizer, length, depth, rng, **difficulty)
 
 
 def score(sample: dict, answer: str) -> float:
-    """1.0 if the value is a part of the answer (case aside), as RULER scores, else 0.0."""
-    return float(sample["outputs"][0].lower() in answer.lower())
+    """The share of the values that are a part of the answer (case aside), as RULER scores."""
+    return sum(value.lower() in answer.lower() for value in sample["outputs"]) / len(sample["outputs"])
 
 
 def answer_tokens(sample: dict, tokenizer) -> int:
