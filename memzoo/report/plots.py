@@ -1,0 +1,545 @@
+"""The report's plots: small vector figures, each with a description in words, that read alike on a page, a phone and paper."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .numbers import Interval, mean, score, short_bytes, short_count, short_length
+from .store import Model, Results, Task
+from .style import GRID, HEAT, INK, MUTED, THEME, colour, dashes, ink_on, marker, plot_style
+
+WIDTH, HEIGHT = 4.7, 3.3  # inches: text of 9 points stays readable when a phone shows the figure at its own width
+
+
+@dataclass
+class Plot:
+    """One figure. `name` is its file's, `title` a headline, `text` what it shows, in words; `wide` asks for a row of its own."""
+
+    name: str
+    title: str
+    text: str
+    figure: Any = field(repr=False)
+    wide: bool = False
+
+    def svg(self) -> str:
+        """The figure as an SVG file's text, in the light theme."""
+        with plot_style():
+            buffer = io.StringIO()
+            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            self.figure.savefig(buffer, format="svg", metadata=nothing)
+        return buffer.getvalue()
+
+    def inline(self) -> str:
+        """The figure as an element of a page: no width of its own, colours that follow the page's theme, ids that are the page's only."""
+        text = self.svg()
+        text = text[text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+        size = re.search(r'viewBox="0 0 ([\d.]+) [\d.]+"', text)
+        head = re.sub(r'\s(?:width|height|xmlns(?::\w+)?|version)="[^"]*"', "", text[: text.index(">")])
+        body = text[text.index(">") :]
+        body = re.sub(r'\bid="([^"]+)"', rf'id="{self.name}-\1"', body)
+        body = re.sub(r"url\(#([^)]+)\)", rf"url(#{self.name}-\1)", body)
+        body = re.sub(r'(?:xlink:)?href="#([^"]+)"', rf'href="#{self.name}-\1"', body)
+        body = re.sub(r"(?<=font: )([^;\"]*?)'DejaVu Sans'", r"\1var(--sans)", body)
+        for variable, light, _ in THEME:
+            body = body.replace(light, f"var(--{variable})")
+        label = f"<title>{_escape(self.title)}</title><desc>{_escape(self.text)}</desc>"
+        named = f' role="img" aria-label="{_escape(self.title)}" style="max-width:{1.6 * float(size.group(1)):.0f}px"'
+        return head + named + body.replace(">", ">" + label, 1)
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write NAME.svg and NAME.png."""
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{self.name}.svg", folder / f"{self.name}.png"]
+        paths[0].write_text(self.svg(), encoding="utf-8")
+        with plot_style():
+            self.figure.savefig(paths[1], format="png", dpi=200)
+        return paths
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+
+
+def slug(*parts: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+
+
+# ------------------------------------------------------------------------------------------------------------- what is drawn
+
+
+@dataclass
+class Point:
+    length: int
+    value: float
+    span: Interval
+    cell: dict = field(repr=False)  # one of the cells behind the value: cost is the same in all of them
+
+
+def curves(tasks: Sequence[Task], models: Sequence[Model]) -> dict[int, list[Point]]:
+    """Points by length for every model index: the mean over those of `tasks` that all the models of that length have."""
+    found: dict[int, list[Point]] = {}
+    for length in sorted({n for task in tasks for n in task.lengths}):
+        present = [m for m in models if any((m.index, length) in task.cells for task in tasks)]
+        shared = [task for task in tasks if all((m.index, length) in task.cells for m in present)]
+        for model in present if shared else ():
+            cells = [task.cells[model.index, length] for task in shared]
+            value, span = mean(cells)
+            found.setdefault(model.index, []).append(Point(length, value, span, cells[0]))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------------ figures
+
+
+def _figure(width: float = WIDTH, height: float = HEIGHT, columns: int = 1, rows: int = 1):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _wrapped(label: str, width: int = 14) -> str:
+    """A long name on up to three lines, broken after hyphens, slashes and spaces."""
+    lines = [""]
+    for part in re.findall(r"[^-/ _]+[-/ _]?|[-/ _]", label):
+        if len(lines[-1]) + len(part.rstrip()) > width and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    lines = [line.strip() for line in lines]
+    return "\n".join(lines if len(lines) <= 3 else [*lines[:2], lines[2] + "…"])
+
+
+def _label_ends(axes, ends: Sequence[tuple[float, float, str, int]]) -> None:
+    """Names at the right, each level with its curve's end if others leave it room; a thin line leads there if the end is elsewhere."""
+    if not ends:
+        return
+    figure = axes.figure
+    points = figure.get_size_inches()[1] * 72 * axes.get_position().height
+    size = 9.0 if len(ends) <= 7 else 8.0
+    texts = [_wrapped(name) for _, _, name, _ in ends]
+    tall = [1.25 * size * (text.count("\n") + 1) / points for text in texts]
+    inverse = axes.transAxes.inverted()
+    at = [inverse.transform(axes.transData.transform((x, y))) for x, y, _, _ in ends]
+    order = sorted(range(len(ends)), key=lambda i: (at[i][1], ends[i][3]))
+    places = _spread([at[i][1] for i in order], [tall[i] for i in order])
+    for place, i in zip(places, order):
+        index = ends[i][3]
+        axes.annotate(
+            texts[i], xy=at[i], xytext=(1.045, place), xycoords="axes fraction", textcoords="axes fraction", va="center", ha="left",
+            fontsize=size, color=colour(index), fontweight="bold", linespacing=1.1, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour(index), "lw": 0.7, "alpha": 0.55, "shrinkA": 1, "shrinkB": 3},
+        )  # fmt: skip
+
+
+def _spread(wanted: Sequence[float], tall: Sequence[float]) -> list[float]:
+    """Centres for stacked labels in order, as near as can be to those wanted, none overlapping, all within 0 to 1 where they fit."""
+    low = high = 0.0
+    blocks: list[tuple[list[float], list[float]]] = []  # (wanted, tall) of labels that touch
+
+    def centre(block):
+        offset, shifts = 0.0, []
+        for want, size in zip(*block):
+            shifts.append(want - (offset + size / 2))
+            offset += size
+        start = sum(shifts) / len(shifts)
+        return min(max(start, 0.0), max(1.0 - offset, 0.0)), offset
+
+    for want, size in zip(wanted, tall):
+        blocks.append(([want], [size]))
+        while len(blocks) > 1:
+            (low, below), (high, _) = centre(blocks[-2]), centre(blocks[-1])
+            if low + below <= high + 1e-9:
+                break
+            last = blocks.pop()
+            blocks[-1][0].extend(last[0])
+            blocks[-1][1].extend(last[1])
+    places = []
+    for block in blocks:
+        start, _ = centre(block)
+        for size in block[1]:
+            places.append(start + size / 2)
+            start += size
+    return places
+
+
+def _lengths_axis(axes, lengths: Iterable[float], name: str) -> None:
+    lengths = sorted(set(lengths))
+    axes.set_xscale("log", base=2)
+    step = max(1, math.ceil(len(lengths) / 7))
+    ticks = lengths[::-1][::step][::-1]
+    axes.set_xticks(ticks, [short_length(n) for n in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel(name)
+    pad = 2**0.25
+    axes.set_xlim(lengths[0] / pad, lengths[-1] * pad)
+
+
+def _mark_training(axes, models: Sequence[Model]) -> None:
+    """A dashed line where training lengths end; one in each model's colour if they differ."""
+    known = [(m.training_length, m.index) for m in models if m.training_length]
+    low, high = axes.get_xlim()
+    distinct = {n for n, _ in known}
+    for n in sorted(distinct):
+        if not low < n < high:
+            continue
+        shared = len(distinct) == 1
+        line = INK if shared else colour(next(i for m, i in known if m == n))
+        axes.axvline(n, color=line, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+        right = (math.log(n) - math.log(low)) / (math.log(high) - math.log(low)) > 0.6
+        axes.annotate(
+            f"trained at {short_length(n)}", xy=(n, 1.0), xycoords=("data", "axes fraction"), xytext=(-4 if right else 4, 3),
+            textcoords="offset points", ha="right" if right else "left", va="bottom", fontsize=9, color=line if not shared else MUTED,
+        )  # fmt: skip
+
+
+def _place(figure, right: float = 0.735, left: float = 0.135, top: float = 0.85, bottom: float = 0.165) -> None:
+    figure.subplots_adjust(left=left, right=right, top=top, bottom=bottom)
+
+
+def _title(figure, text: str, left: float = 0.02) -> None:
+    figure.text(left, 0.985, text, ha="left", va="top", fontsize=10.5, fontweight="bold", color=INK)
+
+
+def _share_axis(axes, metric: str) -> None:
+    axes.set_ylim(-0.03, 1.04)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"])
+    axes.set_ylabel(metric.replace("_", " "))
+    axes.grid(axis="y")
+
+
+def _draw_curve(axes, xs, ys, spans, index: int, **options) -> None:
+    for x, span in zip(xs, spans):
+        if span is not None:
+            axes.plot([x, x], span, color=colour(index), linewidth=3.2, alpha=0.22, solid_capstyle="butt", zorder=2)
+    axes.plot(
+        xs,
+        ys,
+        color=colour(index),
+        marker=marker(index),
+        linestyle=dashes(index),
+        markersize=5,
+        markeredgewidth=0,
+        zorder=3,
+        **options,
+    )
+
+
+def against_length(name: str, title: str, found: dict[int, list[Point]], models: Sequence[Model], metric: str, share: bool) -> Plot:
+    """Score against length, one curve a model, the training length marked."""
+    with plot_style():
+        figure, grid = _figure()
+        axes = grid[0][0]
+        _place(figure)
+        drawn = [m for m in models if m.index in found]
+        _lengths_axis(axes, (p.length for points in found.values() for p in points), "length (tokens)")
+        if share:
+            _share_axis(axes, metric)
+        else:
+            axes.set_ylabel(metric.replace("_", " "))
+            axes.grid(axis="y")
+        ends = []
+        for model in drawn:
+            points = found[model.index]
+            ys = [p.value for p in points]
+            _draw_curve(axes, [p.length for p in points], ys, [p.span for p in points], model.index)
+            ends.append((points[-1].length, ys[-1], model.label, model.index))
+        _mark_training(axes, drawn)
+        _label_ends(axes, ends)
+        _title(figure, title)
+    said = "; ".join(
+        f"{m.label}: " + ", ".join(f"{score(p.value, metric)} at {short_length(p.length)}" for p in found[m.index]) for m in drawn
+    )
+    return Plot(name, title, f"{metric.replace('_', ' ')} against length. {said}.", figure)
+
+
+def against_cost(
+    name: str, title: str, found: dict[int, list[Point]], models: Sequence[Model], metric: str, cost: str, share: bool = True
+) -> Plot | None:
+    """Score against what it costs (`cost` is "state_bytes" or "flops_per_token"), a path a model from its shortest to its longest
+    input; None if no model has a cost."""
+    paths = {}
+    for index, points in found.items():
+        priced = [p for p in points if isinstance(p.cell.get(cost), (int, float)) and p.cell[cost] > 0]
+        if priced:
+            paths[index] = priced
+    if not paths:
+        return None
+    state = cost == "state_bytes"
+    shown = short_bytes if state else short_count
+    with plot_style():
+        figure, grid = _figure()
+        axes = grid[0][0]
+        _place(figure, top=0.9)
+        axes.set_xscale("log")
+        costs = [p.cell[cost] for points in paths.values() for p in points]
+        room = max((max(costs) / min(costs)) ** 0.08, 1.25)
+        axes.set_xlim(min(costs) / room, max(costs) * room)
+        _cost_ticks(axes, shown, 1024 if state else 1000)
+        axes.set_xlabel("state of one sequence (bytes, log scale)" if state else "FLOPs per token (log scale)")
+        if share:
+            _share_axis(axes, metric)
+            axes.set_ylim(-0.03, 1.12)  # room for a name above a mark at 1
+        else:
+            axes.set_ylabel(metric.replace("_", " "))
+            axes.grid(axis="y")
+        axes.grid(axis="x", which="major")
+        ends = []
+        for model in models:
+            if model.index not in paths:
+                continue
+            points = paths[model.index]
+            xs, ys = [p.cell[cost] for p in points], [p.value for p in points]
+            _draw_curve(axes, xs, ys, [p.span for p in points], model.index, alpha=0.9)
+            sizes = [26 + 90 * i / max(len(xs) - 1, 1) for i in range(len(xs))]
+            axes.scatter(xs, ys, s=sizes, color=colour(model.index), marker=marker(model.index), linewidths=0, zorder=4)
+            if xs[-1] > 1.5 * xs[0]:  # a path straight down has no room, and its marks' sizes tell
+                _name_length(axes, xs[0], ys[0], points[0].length, sizes[0])
+                _name_length(axes, xs[-1], ys[-1], points[-1].length, sizes[-1])
+            ends.append((xs[-1], ys[-1], model.label, model.index))
+        _label_ends(axes, ends)
+        _title(figure, title)
+    said = "; ".join(
+        f"{m.label}: "
+        + ", ".join(f"{score(p.value, metric)} for {shown(p.cell[cost])} at {short_length(p.length)}" for p in paths[m.index])
+        for m in models
+        if m.index in paths
+    )
+    what = "the bytes of state of one sequence" if state else "FLOPs per token"
+    return Plot(name, title, f"{metric.replace('_', ' ')} against {what}; larger marks are longer inputs. {said}.", figure)
+
+
+def _cost_ticks(axes, shown, base: int) -> None:
+    """Ticks at round multiples of `base`, three to six of them."""
+    low, high = axes.get_xlim()
+    candidates = [m * base**e for e in range(7) for m in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)]
+    if base == 1000:
+        candidates = [m * 10**e for e in range(20) for m in (1, 2, 5)]
+    inside = [c for c in candidates if low <= c <= high]
+    step = max(1, math.ceil(len(inside) / 5))
+    axes.set_xticks(inside[::step], [shown(c) for c in inside[::step]])
+    axes.set_xticks([], minor=True)
+
+
+def _name_length(axes, x: float, y: float, length: int, size: float) -> None:
+    axes.annotate(
+        short_length(length), xy=(x, y), xytext=(0, 3 + math.sqrt(size) / 2), textcoords="offset points", fontsize=8.5, color=MUTED,
+        ha="center", va="bottom", zorder=5,
+    )  # fmt: skip
+
+
+def by_position(task: Task, models: Sequence[Model], unit: str) -> Plot | None:
+    """Loss or bits per byte by the position of the token, from each model's longest cell; None if no cell has buckets."""
+    longest = {}
+    for model in models:
+        with_buckets = [c for c in task.of(model).values() if any(b.get(unit) is not None for b in c.get("cells") or [])]
+        if with_buckets:
+            longest[model.index] = [b for b in with_buckets[-1]["cells"] if b.get(unit) is not None]
+    if not longest:
+        return None
+    called = unit.replace("_", " ")
+    title = f"{called[0].upper()}{called[1:]} by position: {task.title}"
+    with plot_style():
+        figure, grid = _figure()
+        axes = grid[0][0]
+        _place(figure)
+        edges = [b["to"] for buckets in longest.values() for b in buckets if b["to"] > 0]
+        _lengths_axis(axes, edges, "position of the token")
+        axes.set_xlim(left=min(edges) / 2.4)
+        axes.set_ylabel(called)
+        axes.grid(axis="y")
+        drawn = [m for m in models if m.index in longest]
+        ends = []
+        for model in drawn:
+            buckets = longest[model.index]
+            xs = [math.sqrt(max(b["from"], b["to"] / 4) * b["to"]) for b in buckets]  # the middle of a bucket on this axis
+            ys = [b[unit] for b in buckets]
+            spans = [b.get("interval") if unit == task.metric else None for b in buckets]
+            _draw_curve(axes, xs, ys, spans, model.index)
+            ends.append((xs[-1], ys[-1], model.label, model.index))
+        _mark_training(axes, drawn)
+        _label_ends(axes, ends)
+        _title(figure, title)
+    said = "; ".join(
+        f"{m.label}: " + ", ".join(f"{b[unit]:.3f} up to {short_length(b['to'])}" for b in longest[m.index]) for m in drawn
+    )
+    return Plot(slug(unit, "by-position", task.title), title, f"{called} of tokens by their position. {said}.", figure)
+
+
+def heat_map(task: Task, models: Sequence[Model], name: str, title: str) -> Plot | None:
+    """Score by depth and length, one panel a model; None if no cell has depths."""
+    panels = []
+    for model in models:
+        grid = {(c["depth"], n): c for n, cell in task.of(model).items() for c in cell.get("cells") or [] if "depth" in c}
+        if grid:
+            panels.append((model, grid))
+    if not panels:
+        return None
+    lengths = sorted({n for _, grid in panels for _, n in grid})
+    depths = sorted({d for _, grid in panels for d, _ in grid})
+    columns = 1 if len(panels) == 1 else 2
+    rows = -(-len(panels) // columns)
+    panel_height = 0.31 * max(len(depths), 2) + 0.92
+    single = len(panels) == 1
+    with plot_style():
+        figure, grid_of_axes = _figure(WIDTH * columns, panel_height * rows + (0.0 if single else 0.3), columns, rows)
+        height = figure.get_size_inches()[1]
+        # Each panel keeps 0.48 inches above (its title) and 0.44 below (ticks and their name).
+        figure.subplots_adjust(
+            left=0.62 / (WIDTH * columns), right=1 - 0.12 / (WIDTH * columns), wspace=0.19,
+            top=1 - (0.48 + (0.0 if single else 0.3)) / height, bottom=0.44 / height, hspace=0.92 / (panel_height - 0.92),
+        )  # fmt: skip
+        flat = [axes for row in grid_of_axes for axes in row]
+        for axes in flat[len(panels) :]:
+            axes.set_axis_off()
+        for axes, (model, cells) in zip(flat, panels):
+            _heat_panel(axes, model, cells, lengths, depths, task, together=not single)
+        if not single:
+            _title(figure, title, left=0.01)
+    said = "; ".join(
+        f"{model.label}: "
+        + ", ".join(
+            f"{short_length(n)}: "
+            + " ".join(score(cells[d, n]["value"], task.metric) if (d, n) in cells else "none" for d in depths)
+            for n in lengths
+        )
+        for model, cells in panels
+    )
+    order = ", ".join(f"{d:.0%}" for d in depths)
+    text = f"{task.metric} by length and depth of the needle (depths {order}). {said}."
+    return Plot(name, title, text, figure, wide=not single)
+
+
+def _heat_panel(axes, model: Model, cells: dict, lengths: list[int], depths: list[float], task: Task, together: bool) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+
+    colours = LinearSegmentedColormap.from_list("memzoo", HEAT)
+    for j, n in enumerate(lengths):
+        for i, d in enumerate(depths):
+            box = (j - 0.48, i - 0.46)
+            cell = cells.get((d, n))
+            if cell is None:
+                axes.add_patch(Rectangle(box, 0.96, 0.92, facecolor="none", edgecolor=GRID, linewidth=0.8))
+                continue
+            value = cell["value"]
+            fill = colours(min(max(value, 0.0), 1.0))
+            axes.add_patch(Rectangle(box, 0.96, 0.92, facecolor=fill, edgecolor=GRID, linewidth=0.5))
+            shown = "1" if value == 1 else f"{value:.2f}".lstrip("0") if value else "0"
+            size = 9.5 if len(lengths) <= 7 else 8
+            axes.text(j, i, shown, ha="center", va="center", fontsize=size, color=ink_on(fill[:3]))
+    axes.set_xlim(-0.5, len(lengths) - 0.5)
+    axes.set_ylim(len(depths) - 0.5, -0.5)
+    axes.set_xticks(range(len(lengths)), [short_length(n) for n in lengths])
+    axes.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
+    axes.tick_params(length=0, pad=3)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.set_xlabel("length (tokens)", labelpad=2)
+    axes.set_ylabel("depth", labelpad=2)
+    axes.set_title(model.label, color=colour(model.index), pad=17, fontsize=10.5)
+    counts = {c["count"] for c in cells.values() if c.get("count")}
+    each = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}" if counts else ""
+    about = [task.metric.replace("_", " ") if together else task.title] + ([f"{each} documents a cell"] if each else [])
+    trained = model.training_length
+    inside = sum(n <= trained for n in lengths) if trained else 0
+    if inside:
+        axes.axvline(inside - 0.5, color=INK, linestyle=(0, (4, 3)), linewidth=1.3, zorder=4)
+        about.append(f"trained at {short_length(trained)} (dashed)")
+    axes.annotate(
+        ", ".join(about), xy=(0, 1), xycoords="axes fraction", xytext=(0, 4), textcoords="offset points", fontsize=8.5, color=MUTED,
+        ha="left", va="bottom",
+    )  # fmt: skip
+
+
+def gradient_flow(flow: dict, results_models: Sequence[Model], when: str) -> Plot | None:
+    """Norm of the last token's loss's gradient by lag, both on log axes, one curve an architecture; None if nothing was measured then."""
+    drawn = [c for c in flow["curves"] if c["when"] == when]
+    if not drawn:
+        return None
+    labels = {model.label: model.index for model in results_models}
+    anchors = [c["name"] for c in drawn if c.get("anchor")]
+    free = iter(i for i in range(1000) if i not in labels.values())
+    indices = {c["name"]: labels[c["name"]] if c["name"] in labels else next(free) for c in drawn if not c.get("anchor")}
+    where = {"initialisation": "at initialisation", "trained": "after training"}.get(when, when)
+    title = f"How far a loss reaches back, {where}"
+    with plot_style():
+        figure, grid = _figure(WIDTH, 3.5)
+        axes = grid[0][0]
+        _place(figure, left=0.16, top=0.88, bottom=0.15)
+        axes.set_yscale("log")
+        floor = 1e-10
+        lags = [lag for c in drawn for lag in c["lags"] if lag > 0]
+        _lengths_axis(axes, _powers(min(lags), max(lags)), "lag: tokens between the state and the loss")
+        axes.set_xlim(min(lags) / 1.15, max(lags) * 1.15)
+        ends, greys = [], 0
+        for c in drawn:
+            kept = [(lag, norm) for lag, norm in zip(c["lags"], c["norms"]) if lag > 0 and norm >= floor / 10]
+            if not kept:
+                continue
+            xs, ys = zip(*kept)
+            anchor = c["name"] in anchors
+            if anchor:
+                style = {"color": MUTED, "linestyle": [(0, (5, 2)), (0, (1.2, 1.6))][greys % 2], "linewidth": 1.8}
+                greys += 1
+            else:
+                style = {"color": colour(indices[c["name"]]), "linestyle": dashes(indices[c["name"]])}
+            axes.plot(xs, ys, zorder=2 if anchor else 3, **style)
+            ends.append((xs[-1], max(ys[-1], floor), c["name"], 7 if anchor else indices[c["name"]]))
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, floor), high)
+        axes.set_ylabel("gradient's norm, relative to lag 0")
+        axes.grid(axis="y")
+        _label_ends(axes, ends)
+        _title(figure, title)
+    said = "; ".join(f"{c['name']}: {c['norms'][-1]:.2g} of lag 0's at lag {c['lags'][-1]}" for c in drawn)
+    text = (
+        f"Norm of the gradient of the last token's loss with respect to earlier tokens' states, by lag, relative to lag 0. {said}."
+    )
+    return Plot(slug("gradient-flow", when), title, text, figure)
+
+
+def _powers(low: float, high: float) -> list[int]:
+    return [2**e for e in range(40) if low <= 2**e <= high] or [int(low), int(high)]
+
+
+def suite_plots(suite: str, tasks: Sequence[Task], results: Results) -> dict[str, list[Plot]]:
+    """Everything drawn of one suite: "trade-off", "length", "position" and "heat" (with "heat files", the panels of a task in one)."""
+    from .numbers import SHARES
+
+    models, found = results.models, {"trade-off": [], "length": [], "position": [], "heat": [], "heat files": []}
+    shares = [task for task in tasks if task.metric in SHARES]
+    if shares:
+        averaged = curves(shares, models)
+        several = f", mean of {len(shares)} tasks" if len(shares) > 1 else ""
+        if several and averaged:
+            title = f"{suite}: {shares[0].metric} by length{several}"
+            found["length"].append(against_length(slug("length", suite, "mean"), title, averaged, models, shares[0].metric, True))
+        for cost, called in (("state_bytes", "state"), ("flops_per_token", "FLOPs per token")):
+            title = f"{suite}: {shares[0].metric} against {called}"
+            plot = against_cost(slug(cost, suite), title, averaged, models, shares[0].metric, cost)
+            found["trade-off"] += [plot] if plot else []
+    for task in tasks:
+        share = task.metric in SHARES
+        positions = [plot for unit in ("bits_per_byte", "loss") if (plot := by_position(task, models, unit))][:1]
+        found["position"] += positions
+        if not positions or len(task.lengths) > 1:
+            title = f"{task.title}: {task.metric.replace('_', ' ')} by length"
+            found["length"].append(
+                against_length(slug("length", suite, task.title), title, curves([task], models), models, task.metric, share)
+            )
+        name = slug("heatmap", task.title)
+        for model in models:
+            plot = heat_map(task, [model], f"{name}-{slug(model.label)}", f"{task.title}: {model.label}")
+            found["heat"] += [plot] if plot else []
+        together = heat_map(task, models, name, f"{task.title}: {task.metric} by depth and length")
+        found["heat files"] += [together] if together else []
+    return found
