@@ -27,17 +27,19 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.name, self.activation = name, activation
 
-    def forward(self, x: Tensor, layout: TokenLayout, state: LayerState | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout, state: LayerState | None = None, name: str | None = None) -> Tensor:
+        """The convolution of x; `name` keeps the inputs of a second stream through the same weights apart."""
+        name = self.name if name is None else name
         y, last = causal_conv1d(
             x,
             self.weight.to(x.dtype),
             activation=self.activation,
-            initial_state=None if state is None else state.get(self.name),
+            initial_state=None if state is None else state.get(name),
             output_final_state=state is not None,
             cu_seqlens=layout.cu_seqlens,
         )
         if state is not None:
-            state.set(self.name, last)
+            state.set(name, last)
         return y
 
     def init_weights(self, init: Any) -> None:

@@ -19,6 +19,7 @@ class LayerState:
         self.fixed: dict[str, Tensor] = {}
         self.rows: dict[str, Tensor] = {}
         self.pad: Tensor | None = None  # rows before each sequence's first, [B]; None if all are 0
+        self.open: int | Tensor = 0  # tokens in the open segment, where a memory has segments: one number while all agree, else [B]
 
     def get(self, name: str) -> Tensor | None:
         """The state of fixed size under this name, or None before the first call."""
@@ -57,6 +58,15 @@ class LayerState:
         self.rows = full
         return read, keys
 
+    def clear(self, done: Tensor | None = None) -> None:
+        """Forget the rows of the sequences that are `done` [B]; of all if None."""
+        if done is None:
+            self.rows, self.pad = {}, None
+        elif self.rows:
+            size = next(iter(self.rows.values())).shape[1]
+            pad = torch.zeros_like(done, dtype=torch.int64) if self.pad is None else self.pad
+            self.pad = torch.where(done, size, pad)
+
     def _append_packed(self, new: dict[str, Tensor], cu_seqlens: Tensor) -> dict[str, Tensor]:
         added = cu_seqlens[1:] - cu_seqlens[:-1]
         batch = added.numel()
@@ -78,7 +88,8 @@ class LayerState:
         return full
 
     def tensors(self) -> list[Tensor]:
-        return [*self.fixed.values(), *self.rows.values(), *([] if self.pad is None else [self.pad])]
+        counts = [t for t in (self.pad, self.open) if isinstance(t, Tensor)]
+        return [*self.fixed.values(), *self.rows.values(), *counts]
 
     def apply(self, change) -> None:
         """Replace every tensor by `change(tensor)`, such as a selection of the batch."""
@@ -86,6 +97,8 @@ class LayerState:
         self.rows = {name: change(value) for name, value in self.rows.items()}
         if self.pad is not None:
             self.pad = change(self.pad)
+        if isinstance(self.open, Tensor):
+            self.open = change(self.open)
 
     def bytes(self) -> int:
         """Bytes held, of the whole batch."""

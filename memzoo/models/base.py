@@ -26,7 +26,8 @@ logger = logging.get_logger(__name__)
 
 
 class MemzooBlock(GradientCheckpointingLayer):
-    """One memory and one gated MLP, each behind an RMSNorm and a residual connection; between them a reader of what an encoder wrote."""
+    """One memory and one gated MLP, each behind an RMSNorm and a residual connection; between them, where an architecture has one, a
+    reader: of what an encoder wrote, or of what the memory made of the tokens."""
 
     def __init__(self, config: MemzooConfig, mixer: nn.Module, reader: nn.Module | None = None):
         super().__init__()
@@ -42,6 +43,10 @@ class MemzooBlock(GradientCheckpointingLayer):
         if self.reader is not None:
             hidden_states = hidden_states + self.reader(self.reader_norm(hidden_states), layout, state)
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+    def memories(self) -> list[nn.Module]:
+        """The parts that keep something of the tokens between calls."""
+        return [part for part in (self.mixer, self.reader) if hasattr(part, "state_bytes")]
 
 
 class MemzooPreTrainedModel(PreTrainedModel):
@@ -76,7 +81,7 @@ class MemzooPreTrainedModel(PreTrainedModel):
         if length < 0:
             raise ValueError(f"{type(self).__name__}.state_bytes: length is {length}, needs at least 0")
         itemsize = (dtype or self.dtype).itemsize
-        return sum(block.mixer.state_bytes(length, itemsize) for block in self.base_model.layers)
+        return sum(part.state_bytes(length, itemsize) for block in self.base_model.layers for part in block.memories())
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs of one token of a forward pass, averaged over the tokens of one sequence of `length`; a multiply-add is 2.
@@ -92,7 +97,9 @@ class MemzooPreTrainedModel(PreTrainedModel):
         """
         if length < 1:
             raise ValueError(f"{type(self).__name__}.flops_per_token: length is {length}, needs at least 1")
-        blocks = sum(block.mixer.flops_per_token(length) + projection_flops(block.mlp) for block in self.base_model.layers)
+        layers = self.base_model.layers
+        blocks = sum(part.flops_per_token(length) for block in layers for part in block.memories())
+        blocks += sum(projection_flops(block.mlp) for block in layers)
         head = getattr(self, "lm_head", None)
         return float(blocks + (0 if head is None else projection_flops(head)))
 
@@ -104,7 +111,7 @@ class MemzooModel(MemzooPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
-            MemzooBlock(config, self.make_mixer(config, index), self.make_reader(config))
+            MemzooBlock(config, self.make_mixer(config, index), self.make_reader(config, index))
             for index in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -120,8 +127,9 @@ class MemzooModel(MemzooPreTrainedModel):
         raise TypeError("MemzooModel is the base of the architectures; build one of them, such as SDNCModel")
 
     @staticmethod
-    def make_reader(config: Any) -> nn.Module | None:
-        """What reads an encoder's states in every block, called as the mixer is; None where an architecture has no such thing."""
+    def make_reader(config: Any, index: int) -> nn.Module | None:
+        """What stands between the memory and the MLP of layer `index`, called as the mixer is; None where there is no such thing. One
+        that keeps something between calls has the mixer's methods."""
         return None
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -39,6 +39,16 @@ SIZES: dict[str, dict[str, Any]] = {
     "1.3b": {"hidden_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 8, "intermediate_size": 8192},
 }
 
+# Titans in small: lengths that a few hundred tokens have several of. With attention beside the memory the MLP gives up its part.
+_SHORT = {"chunk_size": 16, "segment_length": 32, "sliding_window": 32, "num_persistent_tokens": 4}
+_BESIDE_ATTENTION = {
+    "tiny": _SHORT,
+    "15m": {"intermediate_size": 512},
+    "170m": {"intermediate_size": 1152},
+    "340m": {"intermediate_size": 1152},
+    "760m": {"intermediate_size": 2048},
+    "1.3b": {"intermediate_size": 5120},
+}
 _DELTA = {"feature_map": "identity", "conv_width": 4, "output_norm": True}
 
 # Family: model type, what it adds to every size, and what it changes in single sizes.
@@ -52,6 +62,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "linear-transformer": ("linear_transformer", {}, {}),
     "linear-transformer-delta": ("linear_transformer", {**_DELTA, "write_rule": "delta"}, {}),
     "linear-transformer-gated-delta": ("linear_transformer", {**_DELTA, "write_rule": "gated_delta", "output_gate": True}, {}),
+    "titans-lmm": ("titans", {"variant": "lmm"}, {"tiny": _SHORT}),
+    **{f"titans-{variant}": ("titans", {"variant": variant}, _BESIDE_ATTENTION) for variant in ("mac", "mag", "mal")},
 }
 
 

@@ -38,6 +38,7 @@ class Architecture:
 ARCHITECTURES = (
     Architecture("sdnc", "SDNC"),
     Architecture("linear_transformer", "LinearTransformer"),
+    Architecture("titans", "Titans"),
 )
 
 

@@ -25,7 +25,7 @@ class SDNCModel(MemzooModel):
         )
 
     @staticmethod
-    def make_reader(config: SDNCConfig) -> ReadFromMemory | None:
+    def make_reader(config: SDNCConfig, index: int) -> ReadFromMemory | None:
         if not config.add_cross_attention:
             return None
         return ReadFromMemory(

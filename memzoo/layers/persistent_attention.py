@@ -1,0 +1,139 @@
+"""Causal attention with persistent memory: learned vectors that every token sees beside its window or segment (arXiv 2501.00663, Sec. 3.3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from ..kernels import attention
+from ..kernels.common.packing import sequence_ids
+from .flops import projection_flops, rows_read
+from .layout import TokenLayout
+from .state import LayerState
+
+
+class PersistentAttention(nn.Module):
+    """Softmax attention over [persistent | retrieved | tokens]; [B, T, hidden_size] to the same shape.
+
+    A token sees every persistent vector, and of the tokens before it and itself those in the window. What a memory retrieved for a token is
+    one more row, seen by whoever sees the token. Rows are kept between calls; who has segments clears them when one ends.
+
+    Args:
+        hidden_size: width of the input and the output.
+        num_heads, num_key_value_heads, head_dim: heads of the queries, heads of the rows, width of a head.
+        persistent: learned vectors, without positions; 0 for none.
+        window: tokens that a token sees, its own included, at least 2; None for all that are kept.
+        segment: most tokens ever kept, where segments are cleared; None where they are not.
+        bias: biases on the four projections.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        *,
+        persistent: int = 0,
+        window: int | None = None,
+        segment: int | None = None,
+        bias: bool = False,
+    ):
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
+        self.window, self.segment = window, segment
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.persistent = nn.Parameter(torch.empty(persistent, hidden_size)) if persistent else None
+
+    def forward(self, x: Tensor, layout: TokenLayout, state: LayerState | None = None, retrieved: Tensor | None = None) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)
+        if layout.rotary is not None:
+            q, _ = apply_rotary_pos_emb(q, q, *layout.rotary, unsqueeze_dim=2)
+        sources = (
+            [x] if retrieved is None else [retrieved, x]
+        )  # a token sees what was retrieved for it, so that row stands before its own
+        rows = [self._rows(source, layout) for source in sources]
+        rows = {name: torch.stack([row[name] for row in rows], 2) for name in ("key", "value")}
+
+        of_queries = of_keys = layout.cu_seqlens
+        if state is not None:
+            keep = self.segment if self.window is None else self.window - 1
+            rows, keys = state.append(rows, layout, keep)
+            if keys.dense is not None:
+                rows = {name: row.flatten(0, 1)[None] for name, row in rows.items()}
+                q = q.flatten(0, 1)[None]
+            of_queries, of_keys = keys.cu_seqlens if isinstance(keys.cu_seqlens, tuple) else (keys.cu_seqlens,) * 2
+        rows = {name: row.flatten(1, 2) for name, row in rows.items()}
+        several = len(sources)
+        if of_keys is not None:
+            of_queries, of_keys = several * of_queries, several * of_keys
+        # The operator takes one query a row. With two rows a token each query stands twice, and the first answer is not looked at; the last
+        # token alone needs none of that.
+        doubled = several == 2 and (of_keys is not None or length > 1)
+        if doubled:
+            q = q.repeat_interleave(2, dim=1)
+        prefix = 0 if self.persistent is None else self.persistent.shape[0]
+        if prefix:
+            rows, of_keys = self._with_persistent(rows, of_keys)
+        cu_seqlens = None if of_keys is None else (of_queries, of_keys)
+        y = attention(q, rows["key"], rows["value"], window=self.window, prefix=prefix, cu_seqlens=cu_seqlens)
+        if doubled:
+            y = y[:, 1::2]
+        return self.o_proj(y.reshape(batch, length, self.num_heads * self.head_dim))
+
+    def _rows(self, x: Tensor, layout: TokenLayout) -> dict[str, Tensor]:
+        k, v = (proj(x).unflatten(-1, (self.num_key_value_heads, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        if layout.rotary is not None:
+            _, k = apply_rotary_pos_emb(k, k, *layout.rotary, unsqueeze_dim=2)
+        return {"key": k, "value": v}
+
+    def _with_persistent(self, rows: dict[str, Tensor], of_keys: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The persistent vectors' rows before each sequence's own, and the sequences' new boundaries."""
+        heads = (self.num_key_value_heads, self.head_dim)
+        first = {
+            "key": self.k_proj(self.persistent).unflatten(-1, heads),
+            "value": self.v_proj(self.persistent).unflatten(-1, heads),
+        }
+        if of_keys is None:
+            batch = rows["key"].shape[0]
+            return {name: torch.cat((first[name].expand(batch, -1, -1, -1), row), 1) for name, row in rows.items()}, None
+        count, total = self.persistent.shape[0], rows["key"].shape[1]
+        sequences = of_keys.numel() - 1
+        bounds = of_keys + count * torch.arange(sequences + 1, device=of_keys.device, dtype=of_keys.dtype)
+        size = total + count * sequences
+        ids = sequence_ids(bounds, size)
+        local = torch.arange(size, device=bounds.device) - bounds[ids]
+        index = torch.where(local < count, local, of_keys[ids] + local)  # into [persistent | rows]
+        return {name: torch.cat((first[name], row[0]))[index][None] for name, row in rows.items()}, bounds
+
+    def init_weights(self, init: Any) -> None:
+        """Persistent vectors start like normalised tokens."""
+        if self.persistent is not None:
+            init.normal_(self.persistent, 0.0, 1.0)
+
+    def state_bytes(self, length: int, itemsize: int) -> int:
+        """Bytes kept for one sequence of `length` tokens in a type of `itemsize` bytes."""
+        row = 2 * self.num_key_value_heads * self.head_dim * itemsize
+        if self.segment is not None:
+            return 2 * row * (length % self.segment)  # of each token of the open segment, and of what was retrieved for it
+        return row * (length if self.window is None else min(length, self.window - 1))
+
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs of a token, averaged over a sequence of `length`: projections, and a product with the key and one with the value of every
+        row that it sees. Reading what was retrieved doubles the rows and their two projections."""
+        several = 1 if self.segment is None else 2
+        if self.segment is None:
+            seen = rows_read(length, self.window)
+        else:
+            whole, rest = divmod(length, self.segment)
+            seen = sum(n * rows_read(size, None) for n, size in ((whole * self.segment, self.segment), (rest, rest)) if n) / length
+        prefix = 0 if self.persistent is None else self.persistent.shape[0]
+        again = 2 * (several - 1) * (self.k_proj.weight.numel() + self.v_proj.weight.numel())
+        return projection_flops(self) + again + 4 * self.num_heads * self.head_dim * (several * seen + prefix)
