@@ -60,7 +60,7 @@ class MemoryAsContext(nn.Module):
         return torch.cat(outputs, 1)
 
     def _ragged(self, x: Tensor, q: Tensor, layout: TokenLayout, state: LayerState, count: int) -> Tensor:
-        """Packed rows, or sequences at different places of their segments: in each round every sequence runs what is left of its segment."""
+        """Packed rows, or sequences at different places: in each round every sequence runs what is left of its segment."""
         batch, length = x.shape[:2]
         ends = layout.cu_seqlens
         if ends is None:
@@ -108,7 +108,7 @@ class MemoryAsContext(nn.Module):
         return parts + streams + 4 * sum(weight.numel() for weight in self.memory.memory)
 
     def flops_per_token(self, length: int) -> float:
-        """FLOPs of a token: the memory's and the attention's, and the retrieval of h: query, convolution, read, gate and projection again."""
+        """FLOPs of a token: memory, attention, and the retrieval of h: query, convolution, read, gate and projection again."""
         memory = self.memory
         again = [part.weight for part in (memory.q_proj, memory.o_proj, memory.gate_proj) if part is not None]
         retrieval = sum(2 * weight.numel() for weight in (*again, *memory.memory))

@@ -120,11 +120,11 @@ class NeuralMemory(nn.Module):
             count = x.shape[0] if layout.cu_seqlens is None else layout.cu_seqlens.numel() - 1
             state = LayerState() if state is None else state
             self._write_persistent(state, count)
-        return self._write_and_read(x, layout, state)
+        return self._output(self._write_and_read(x, layout, state), x)
 
     def _write_persistent(self, state: LayerState, count: int) -> None:
         """Make `state` what it is after the persistent vectors: the same for each of `count` sequences."""
-        written, x = LayerState(), self.persistent[None]
+        written, x = LayerState(), torch.stack([self.persistent])
         self._write_and_read(x, dense_layout(x), written)
         for name, value in written.fixed.items():
             state.set(name, value.expand(count, *value.shape[1:]))
@@ -145,7 +145,7 @@ class NeuralMemory(nn.Module):
                 for i, layer in enumerate(layers):
                     state.set(f"{part}_{i}", layer)
             state.set("position", last.position)
-        return self._output(y, x)
+        return y
 
     def _operator(self, q, k, v, lr, momentum, decay, held, keep, cu_seqlens) -> tuple[Tensor, NeuralMemoryState | None]:
         return neural_memory(
@@ -239,11 +239,14 @@ class NeuralMemory(nn.Module):
         return held + sum(convolution.state_bytes(itemsize) for convolution in self.convolutions.values())
 
     def flops_per_token(self, length: int) -> float:
-        """FLOPs of a token, the same at every length: projections, convolutions, and products with each layer: the key's read, the
-        gradient passed down (all but the first layer), the write, the query's read."""
+        """FLOPs of a token, averaged over a sequence of `length`: projections, convolutions, and products with each layer: the key's
+        read, the gradient passed down (all but the first layer), the write, the query's read. Persistent vectors are written once."""
         sizes = self._sizes()
         convolved = sum(convolution.flops_per_token() for convolution in self.convolutions.values())
-        return float(projection_flops(self) + convolved + 2 * (3 * sum(sizes) + sum(sizes[1:])))
+        token = projection_flops(self) + convolved + 2 * (3 * sum(sizes) + sum(sizes[1:]))
+        output = sum(2 * part.weight.numel() for part in (self.o_proj, self.gate_proj) if part is not None)
+        persistent = 0 if self.persistent is None else self.persistent.shape[0]
+        return token + persistent * (token - output) / length
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, layers={len(self.memory)}, chunk_size={self.chunk_size}, residual={self.residual}"

@@ -1,4 +1,4 @@
-"""Causal attention with persistent memory: learned vectors that every token sees beside its window or segment (arXiv 2501.00663, Sec. 3.3)."""
+"""Causal attention with persistent memory (arXiv 2501.00663, Sec. 3.3): learned vectors that every token sees beside its window."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class PersistentAttention(nn.Module):
             q = q.repeat_interleave(2, dim=1)
         prefix = 0 if self.persistent is None else self.persistent.shape[0]
         if prefix:
-            rows, of_keys = self._with_persistent(rows, of_keys)
+            rows, of_keys = _after(self._persistent_rows(layout, state, batch), rows, of_keys)
         cu_seqlens = None if of_keys is None else (of_queries, of_keys)
         y = attention(q, rows["key"], rows["value"], window=self.window, prefix=prefix, cu_seqlens=cu_seqlens)
         if doubled:
@@ -94,24 +94,18 @@ class PersistentAttention(nn.Module):
             _, k = apply_rotary_pos_emb(k, k, *layout.rotary, unsqueeze_dim=2)
         return {"key": k, "value": v}
 
-    def _with_persistent(self, rows: dict[str, Tensor], of_keys: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The persistent vectors' rows before each sequence's own, and the sequences' new boundaries."""
+    def _persistent_rows(self, layout: TokenLayout, state: LayerState | None, batch: int) -> dict[str, Tensor]:
+        """The persistent vectors' rows [N, P, Hk, D], the same for every sequence; with a state they are worked out once."""
+        if state is not None and state.get("persistent_key") is not None:
+            return {name: state.get(f"persistent_{name}") for name in ("key", "value")}
+        count = batch if layout.cu_seqlens is None else layout.cu_seqlens.numel() - 1
         heads = (self.num_key_value_heads, self.head_dim)
-        first = {
-            "key": self.k_proj(self.persistent).unflatten(-1, heads),
-            "value": self.v_proj(self.persistent).unflatten(-1, heads),
-        }
-        if of_keys is None:
-            batch = rows["key"].shape[0]
-            return {name: torch.cat((first[name].expand(batch, -1, -1, -1), row), 1) for name, row in rows.items()}, None
-        count, total = self.persistent.shape[0], rows["key"].shape[1]
-        sequences = of_keys.numel() - 1
-        bounds = of_keys + count * torch.arange(sequences + 1, device=of_keys.device, dtype=of_keys.dtype)
-        size = total + count * sequences
-        ids = sequence_ids(bounds, size)
-        local = torch.arange(size, device=bounds.device) - bounds[ids]
-        index = torch.where(local < count, local, of_keys[ids] + local)  # into [persistent | rows]
-        return {name: torch.cat((first[name], row[0]))[index][None] for name, row in rows.items()}, bounds
+        rows = {"key": self.k_proj(self.persistent), "value": self.v_proj(self.persistent)}
+        rows = {name: row.unflatten(-1, heads).expand(count, -1, -1, -1) for name, row in rows.items()}
+        if state is not None:
+            for name, row in rows.items():
+                state.set(f"persistent_{name}", row)
+        return rows
 
     def init_weights(self, init: Any) -> None:
         """Persistent vectors start like normalised tokens."""
@@ -121,13 +115,16 @@ class PersistentAttention(nn.Module):
     def state_bytes(self, length: int, itemsize: int) -> int:
         """Bytes kept for one sequence of `length` tokens in a type of `itemsize` bytes."""
         row = 2 * self.num_key_value_heads * self.head_dim * itemsize
+        first = 0 if self.persistent is None else self.persistent.shape[0]
         if self.segment is not None:
-            return 2 * row * (length % self.segment)  # of each token of the open segment, and of what was retrieved for it
-        return row * (length if self.window is None else min(length, self.window - 1))
+            return row * (
+                first + 2 * (length % self.segment)
+            )  # of each token of the open segment, and of what was retrieved for it
+        return row * (first + (length if self.window is None else min(length, self.window - 1)))
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs of a token, averaged over a sequence of `length`: projections, and a product with the key and one with the value of every
-        row that it sees. Reading what was retrieved doubles the rows and their two projections."""
+        row that it sees. Reading what was retrieved doubles the rows and their two projections. Persistent rows are made once."""
         several = 1 if self.segment is None else 2
         if self.segment is None:
             seen = rows_read(length, self.window)
@@ -135,5 +132,18 @@ class PersistentAttention(nn.Module):
             whole, rest = divmod(length, self.segment)
             seen = sum(n * rows_read(size, None) for n, size in ((whole * self.segment, self.segment), (rest, rest)) if n) / length
         prefix = 0 if self.persistent is None else self.persistent.shape[0]
-        again = 2 * (several - 1) * (self.k_proj.weight.numel() + self.v_proj.weight.numel())
+        again = 2 * (several - 1 + prefix / length) * (self.k_proj.weight.numel() + self.v_proj.weight.numel())
         return projection_flops(self) + again + 4 * self.num_heads * self.head_dim * (several * seen + prefix)
+
+
+def _after(first: dict[str, Tensor], rows: dict[str, Tensor], of_keys: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
+    """`first` [N, P, Hk, D] before each sequence's own rows, and the sequences' new boundaries."""
+    if of_keys is None:
+        return {name: torch.cat((first[name], row), 1) for name, row in rows.items()}, None
+    count, total, sequences = first["key"].shape[1], rows["key"].shape[1], of_keys.numel() - 1
+    bounds = of_keys + count * torch.arange(sequences + 1, device=of_keys.device, dtype=of_keys.dtype)
+    size = total + count * sequences
+    ids = sequence_ids(bounds, size)
+    local = torch.arange(size, device=bounds.device) - bounds[ids]
+    index = torch.where(local < count, local, of_keys[ids] + local)  # into [first | rows]; all sequences have the same first rows
+    return {name: torch.cat((first[name][0], row[0]))[index][None] for name, row in rows.items()}, bounds

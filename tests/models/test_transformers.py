@@ -105,11 +105,13 @@ def test_save_and_load_both_ways(name, tmp_path):
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert type(loaded) is type(model)
-    assert torch.equal(loaded(prompt()).logits, expected)
+    weights = loaded.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert_close(loaded(prompt()).logits, expected, 1e-5)  # a product's last bits depend on where its operands lie in memory
     assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
     base = AutoModel.from_pretrained(tmp_path)
     assert type(base) is type(model.model)
-    assert torch.equal(base(prompt()).last_hidden_state, model.model(prompt()).last_hidden_state)
+    assert_close(base(prompt()).last_hidden_state, model.model(prompt()).last_hidden_state, 1e-5)
     # A loaded model saves again as itself, with the shim and no copied code.
     loaded.save_pretrained(tmp_path / "again")
     assert sorted(p.name for p in (tmp_path / "again").glob("*.py")) == ["modeling_memzoo.py"]
