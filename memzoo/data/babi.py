@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 
 from .haystack import Haystack
-from .niah import TooShort, _largest_fit
+from .niah import DoesNotFit, _largest_fit
 
 __all__ = ["TASKS", "make_babi", "make_story", "score_label"]
 
@@ -76,9 +76,7 @@ def _wander(rng, facts):
         person = _pick(rng, people)
         held = [thing for thing in THINGS if holder.get(thing) == person]
         # What lies in a room can be taken there; a thing that was nowhere yet can be found anywhere.
-        free = [
-            thing for thing in THINGS if holder.get(thing) is None and (not path[thing] or path[thing][-1] == at.get(person))
-        ]
+        free = [thing for thing in THINGS if holder.get(thing) is None and (not path[thing] or path[thing][-1] == at.get(person))]
         act = rng.random()
         if person in at and act < 0.3 and free and not held:
             thing = _pick(rng, free)
@@ -174,7 +172,7 @@ def make_babi(
         input, gen_prefix, outputs (the answer), labels (what could be answered), facts, length, tokens.
 
     Raises:
-        TooShort: in one line, with the shortest length that works.
+        DoesNotFit: in one line, with the shortest length that works.
     """
     story, question, answer, labels = make_story(task, rng, facts)
     haystack = Haystack.of("essay", split, tokenizer)
@@ -193,7 +191,7 @@ def make_babi(
 
     budget, shortest = length - answer_tokens, measure(1)
     if shortest > budget:
-        raise TooShort(f"{task}: length {length} is too short for the story, needs at least {shortest + answer_tokens}")
+        raise DoesNotFit(f"{task}: length {length} is too short for the story, needs at least {shortest + answer_tokens}")
     units = _largest_fit(measure, haystack.units_within(start, budget - shortest), budget)
     return {
         "input": build(units),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .haystack import Haystack
-from .niah import TooShort
+from .niah import DoesNotFit
 
 __all__ = ["bucket_edges", "make_held_out"]
 
@@ -33,14 +33,14 @@ def make_held_out(tokenizer, length: int, rng: np.random.Generator, *, first_buc
         bucket), length, tokens.
 
     Raises:
-        ValueError: the prose has fewer tokens than that.
+        DoesNotFit: the prose has fewer tokens than that.
     """
     if length < 2 or first_bucket < 1:
-        raise TooShort(f"ppl_by_length: length is {length} and first_bucket {first_bucket}, needs at least 2 and 1")
+        raise DoesNotFit(f"ppl_by_length: length is {length} and first_bucket {first_bucket}, needs at least 2 and 1")
     haystack = Haystack.of("essay", split, tokenizer)
     total, need = haystack.cost(0, len(haystack.units)), length * 1.01 + 64  # words' costs are estimates
     if total < need:
-        raise ValueError(
+        raise DoesNotFit(
             f"ppl_by_length: length {length} is more than the held-out prose has with this tokenizer, at most {int((total - 64) / 1.01)}"
         )
     # Nothing is read twice, as repeated text is easy: the document ends before the prose does.
@@ -51,7 +51,7 @@ def make_held_out(tokenizer, length: int, rng: np.random.Generator, *, first_buc
     encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     begins = np.array([begin for begin, _ in encoding["offset_mapping"]])
     if len(begins) < length:
-        raise ValueError(f"ppl_by_length: only {len(begins)} of {length} tokens of prose were found from word {start} on")
+        raise DoesNotFit(f"ppl_by_length: only {len(begins)} of {length} tokens of prose were found from word {start} on")
     cuts, edges = [0], [0]
     for edge in bucket_edges(length, first_bucket)[1:]:
         # A word's first token starts at its space, or after it, as the tokenizer has it.

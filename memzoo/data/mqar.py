@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .niah import TooShort
+from .niah import DoesNotFit
 from .symbols import single_token_words, written
 
 __all__ = ["associative_recall", "make_mqar"]
@@ -74,7 +74,7 @@ def make_mqar(
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     extra = written(tokenizer, [vocabulary[-1]])[1] - 1  # a beginning of text, say
     if length - extra < 4 * pairs:
-        raise TooShort(f"mqar: length {length} is too short for {pairs} pairs, needs at least {4 * pairs + extra}")
+        raise DoesNotFit(f"mqar: length {length} is too short for {pairs} pairs, needs at least {4 * pairs + extra}")
     ids, labels = associative_recall(1, length - extra, pairs, len(vocabulary), generator, power)
     said = [vocabulary[i] for i in ids[0].tolist()]
     text, tokens = written(tokenizer, said)

@@ -79,8 +79,8 @@ FORMATS = {
 }
 
 
-class TooShort(ValueError):
-    """A length that a task's template does not fit into; the message says the shortest that works."""
+class DoesNotFit(ValueError):
+    """A length that a task cannot be made at; the message says which lengths it can."""
 
 
 @dataclass(frozen=True)
@@ -254,9 +254,7 @@ def make_sample(
             avoid = haystack.text(start, max(haystack.units_within(start, max(budget, 0)), 1))
     elif not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"needle documents need a fast tokenizer, {type(tokenizer).__name__} is not one")
-    needles = draw_needles(
-        task, rng, form.keys * form.values_per_key, value_digits=value_digits, key_words=key_words, avoid=avoid
-    )
+    needles = draw_needles(task, rng, form.keys * form.values_per_key, value_digits=value_digits, key_words=key_words, avoid=avoid)
     if form.values_per_key > 1:
         needles = [Needle(needles[0].key, needle.value, form.values) for needle in needles]
     depths, asked = [depth] * len(needles), needles[:1]
@@ -292,7 +290,7 @@ def make_sample(
 
     shortest = measure(1)
     if shortest > budget:
-        raise TooShort(f"{task}: length {length} is too short for the template, needs at least {shortest + reserve}")
+        raise DoesNotFit(f"{task}: length {length} is too short for the template, needs at least {shortest + reserve}")
     spare = budget - shortest
     # The first ten lines of needles say what a line costs, in tens so that rounding does not matter.
     guess = haystack.units_within(start, spare) if haystack is not None else spare * 10 // max(measure(11) - shortest, 1)

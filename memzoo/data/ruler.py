@@ -14,7 +14,7 @@ from string import ascii_lowercase, ascii_uppercase
 import numpy as np
 
 from .haystack import NOISE
-from .niah import TooShort, _largest_fit
+from .niah import DoesNotFit, _largest_fit
 from .text import prose
 
 __all__ = ["cwe_prompt", "fwe_prompt", "make_cwe", "make_fwe", "make_vt", "vt_context", "vt_example", "vt_prompt"]
@@ -84,7 +84,14 @@ def _names(rng: np.random.Generator, count: int, letters: int, taken: set[str]) 
 
 
 def make_vt(
-    tokenizer, length: int, rng: np.random.Generator, *, hops: int = 4, chains: int = 1, example: bool = True, answer_tokens: int = 30
+    tokenizer,
+    length: int,
+    rng: np.random.Generator,
+    *,
+    hops: int = 4,
+    chains: int = 1,
+    example: bool = True,
+    answer_tokens: int = 30,
 ) -> dict:
     """One sample of variable tracking.
 
@@ -95,7 +102,7 @@ def make_vt(
         example: whether a worked example of at most 500 tokens stands before the task, as in RULER.
 
     Raises:
-        TooShort: in one line, with the shortest length that works.
+        DoesNotFit: in one line, with the shortest length that works.
     """
     if hops < 1 or chains < 1:
         raise ValueError(f"vt: hops is {hops} and chains is {chains}, need at least 1")
@@ -121,9 +128,7 @@ def make_vt(
     shown = ""
     if example:
         made = cache(
-            lambda noises: vt_example(
-                context(noises, [chains], [_chain(example_names, values[-1])]), values[-1], example_names
-            )
+            lambda noises: vt_example(context(noises, [chains], [_chain(example_names, values[-1])]), values[-1], example_names)
         )
         limit = min(EXAMPLE_TOKENS, length // 4)
         fit = _fit(lambda noises: len(tokenizer(made(noises + least - 1)).input_ids), limit, at_least_one=True)
@@ -253,6 +258,6 @@ def _sized(
 
     units = _fit(measure, length - reserve, most)
     if not units:
-        raise TooShort(f"{task}: length {length} is too short for the template, needs at least {measure(1) + reserve}")
+        raise DoesNotFit(f"{task}: length {length} is too short for the template, needs at least {measure(1) + reserve}")
     text, prefix = build(units)
     return {"input": text, "gen_prefix": prefix, "outputs": list(outputs), "length": length, "tokens": measure(units)}

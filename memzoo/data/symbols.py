@@ -16,7 +16,7 @@ import weakref
 
 import numpy as np
 
-from .niah import TooShort
+from .niah import DoesNotFit
 
 __all__ = ["make_copy", "make_denoise", "make_selective_copy", "make_transfer", "single_token_words"]
 
@@ -86,7 +86,7 @@ def _recall(task: str, tokenizer, length: int, rng, symbols: int, alphabet: int,
     extra = written(tokenizer, [*shown, marker])[1] - symbols - 1
     blanks = length - 2 * symbols - 1 - extra
     if blanks < 1:
-        raise TooShort(f"{task}: length {length} is too short for {symbols} symbols, needs at least {2 * symbols + 2 + extra}")
+        raise DoesNotFit(f"{task}: length {length} is too short for {symbols} symbols, needs at least {2 * symbols + 2 + extra}")
     words = [*shown, *[blank] * blanks]
     if scattered:
         words = [blank] * (symbols + blanks)

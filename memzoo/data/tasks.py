@@ -66,9 +66,10 @@ class SuiteTask:
     def metric(self) -> str:
         return "bits_per_byte" if self.kind == "loss" else "accuracy"
 
-    def generated_tokens(self, sample: dict) -> int:
-        """Most tokens to generate: for symbols, which are one token each, as many as there are."""
-        return len(sample["outputs"]) if self.score is score_words else self.answer_tokens
+    def most_tokens(self, sample: dict, cap: int | None = None) -> int:
+        """Tokens to generate for a sample, `cap` or the task's own; symbols are one token each, so never more than there are."""
+        cap = self.answer_tokens if cap is None else cap
+        return min(cap, len(sample["outputs"])) if self.score is score_words else cap
 
 
 def score_words(sample: dict, answer: str) -> float:

@@ -1,67 +1,18 @@
-"""Scores of language models on needles in a haystack through lm-eval, by length and depth, and the heat map of them.
-
-`import memzoo.evaluation` is cheap; lm-eval and matplotlib are imported when something runs.
-"""
+"""One model on one needle task through lm-eval, by length and depth, as one dict; and the heat map of such results."""
 
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .data.niah import FORMATS, answer_tokens, find_format, needle_samples, score
-from .data.text import load_tokenizer
+from ..data.niah import answer_tokens, find_format, needle_samples
+from ..data.tasks import DEPTHS, LENGTHS, TASKS
+from .common import check_place, described, device_name, load_model, read_tokenizer, versions
+from .run import score_documents
 
-__all__ = ["SUITES", "evaluate_niah", "heat_map", "load_model", "parse_length", "quiet", "save_results"]
-
-SUITES = {"niah": ("niah_single_2",), "niah_all": tuple(FORMATS)} | {task: (task,) for task in FORMATS}
-LENGTHS = (512, 1024, 2048, 4096)
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-def parse_length(text: str) -> int:
-    """ "512", "4k" (4,096) or "1m" (1,048,576) as a number of tokens; ValueError for anything else or less than 1."""
-    scale = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
-    digits = text if scale == 1 else text[:-1]
-    if not digits.isascii() or not digits.isdigit() or int(digits) < 1:
-        raise ValueError(f"length {text!r} is not a number of tokens such as 512 or 4k")
-    return int(digits) * scale
-
-
-def load_model(path: str | Path, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False):
-    """A causal language model in evaluation mode from a folder or a hub name.
-
-    Raises:
-        ValueError: nothing there, or not a model, in one line.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import memzoo  # noqa: F401  (after this the Auto classes know every memzoo model)
-
-    name = _check_place(path)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype {dtype!r} is unknown, needs auto, float32, bfloat16 or float16")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"no model could be loaded from {name}: {lines[0]}") from error
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-
-
-def _check_place(path: str | Path) -> str:
-    """The path or hub name as text; ValueError if it names a folder that is not there or holds no model."""
-    name, folder = str(path), Path(path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"{name} is not a model: it has no config.json")
-    if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise ValueError(f"there is no model at {name}: no such folder")
-    return name
+__all__ = ["evaluate_niah", "heat_map", "save_results"]
 
 
 def evaluate_niah(
@@ -89,7 +40,7 @@ def evaluate_niah(
         lengths: tokens of prompt and answer together.
         depths: shares of the haystack before the needle, 0 to 1.
         samples: documents for every length and depth; the same seed gives the same documents whatever the grid.
-        task: "niah_single_1", "niah_single_2" or "niah_single_3".
+        task: one of the needle tasks that ask for one value.
         tokenizer: an object, folder or name; the model's own folder if None, or memzoo's tokenizer for a model given as an object.
         name: what to call the model in tables; the folder's name if None.
         batch_size: prompts at a time, padded on the left.
@@ -105,14 +56,15 @@ def evaluate_niah(
     Raises:
         ValueError: no model or tokenizer there, an unknown task, a depth outside 0 to 1, or a length too short, in one line.
     """
-    find_format(task)
+    if find_format(task).answers > 1:
+        raise ValueError(f"{task} asks for several needles, which have no one depth; scripts/evaluate.py scores it")
     path = None
     if isinstance(model, (str, Path)):
         # The cheap things first: a missing folder or tokenizer should not wait for weights and lm-eval.
-        path = _check_place(model)
-        tokenizer = _tokenizer(path if tokenizer is None else tokenizer, trust_remote_code)
+        path = check_place(model)
+        tokenizer = read_tokenizer(path if tokenizer is None else tokenizer, trust_remote_code)
         model = load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    tokenizer = _tokenizer(tokenizer, trust_remote_code)
+    tokenizer = read_tokenizer(tokenizer, trust_remote_code)
     started = time.perf_counter()
     settings = {"samples": samples, "seed": seed, "batch_size": batch_size, **difficulty}
     lengths, depths = sorted(set(map(int, lengths))), sorted(set(map(float, depths)))
@@ -129,7 +81,7 @@ def evaluate_niah(
         if length not in documents:
             documents[length] = list(needle_samples(task, tokenizer, [length], depths, samples, seed, **difficulty))
         begun = time.perf_counter()
-        scored = _run_lm_eval(lm, task, documents.pop(length), tokenizer, length, seed)
+        scored = _run_lm_eval(lm, task, documents.pop(length), tokenizer, seed)
         row = {"length": length, **_accuracy(scored), "seconds": round(time.perf_counter() - begun, 3)}
         rows.append(row)
         cells += [{"length": length, "depth": d, **_accuracy([s for s in scored if s["depth"] == d])} for d in depths]
@@ -144,11 +96,11 @@ def evaluate_niah(
         "task": task,
         "parameters": sum(p.numel() for p in network.parameters()) if network is not None else None,
         "training_length": known,
-        "config": _described(config),
+        "config": described(config),
         "settings": settings,
-        "device": _device_name(network),
+        "device": device_name(network),
         "dtype": str(network.dtype).removeprefix("torch.") if network is not None else None,
-        "versions": _versions(),
+        "versions": versions(),
         "accuracy": _accuracy(answers)["accuracy"],
         "lengths": rows,
         "cells": cells,
@@ -157,116 +109,36 @@ def evaluate_niah(
     }
 
 
-def _described(config) -> dict | None:
-    """A configuration as JSON holds it, without the path it was loaded from: `path` says that."""
-    if config is None:
-        return None
-    fields = json.loads(config.to_json_string(use_diff=False))
-    fields.pop("_name_or_path", None)
-    return fields
-
-
-def _tokenizer(tokenizer, trust_remote_code: bool):
-    if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        return load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
-    return tokenizer
-
-
 def _as_lm(model, tokenizer, batch_size: int):
     """The model as an lm-eval LM, and the network in it (None for an LM that has none)."""
     from lm_eval.api.model import LM
 
     if isinstance(model, LM):
         return model, getattr(model, "model", None)
-    from lm_eval.models.huggingface import HFLM
+    from .reader import MemoryLM
 
-    model.eval()
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max(LENGTHS))
-    lm.generate_until = partial(lm.generate_until, disable_tqdm=True)
-    return lm, model
+    return MemoryLM(model, tokenizer, batch_size), model
 
 
-def _run_lm_eval(lm, task: str, documents: list[dict], tokenizer, length: int, seed: int) -> list[dict]:
+def _run_lm_eval(lm, task: str, documents: list[dict], tokenizer, seed: int) -> list[dict]:
     """Every document with the model's answer to it and its score."""
-    from datasets import Dataset
-    from lm_eval import simple_evaluate
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks import TaskManager
-
     cap = max(answer_tokens(document, tokenizer) for document in documents)
-    needle_task = ConfigurableTask(
-        config={
-            "task": f"memzoo_{task}",
-            "dataset_path": "",
-            "dataset_name": "",
-            "custom_dataset": lambda **_: {"test": Dataset.from_list(documents)},
-            "test_split": "test",
-            "output_type": "generate_until",
-            "doc_to_text": "{{input}}",
-            "doc_to_target": "{{outputs}}",
-            "gen_prefix": "{{gen_prefix}}",
-            "target_delimiter": " ",
-            "process_results": lambda document, results: {"acc": score(document, results[0])},
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-            "generation_kwargs": {"do_sample": False, "max_gen_toks": cap, "until": []},
-            "num_fewshot": 0,
-            "metadata": {"version": 1.0},
-        }
-    )
-    if hasattr(lm, "_max_length"):
-        lm._max_length = length + cap  # a prompt must never be cut; a model that cannot take it should say so
-    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
-    manager = TaskManager(include_defaults=False)  # indexing lm-eval's own tasks takes seconds and none is needed
-    outcome = simple_evaluate(model=lm, tasks=[needle_task], task_manager=manager, bootstrap_iters=0, log_samples=True, **seeds)
-    if outcome is None:
+    scored = score_documents(lm, TASKS[task], documents, seed, cap=cap)
+    if scored is None:
         raise RuntimeError("evaluate_niah runs on one process; start it without a distributed launcher")
     return [
         {
-            **{key: sample["doc"][key] for key in ("length", "depth", "tokens", "key", "value")},
-            "answer": sample["filtered_resps"][0],
-            "score": sample["acc"],
+            **{key: document[key] for key in ("length", "depth", "tokens", "key", "value")},
+            "answer": sample["answer"],
+            "score": sample["score"],
         }
-        for sample in outcome["samples"][f"memzoo_{task}"]
+        for document, sample in zip(documents, scored)
     ]
-
-
-def quiet() -> None:
-    """Turn off what lm-eval, transformers and datasets say while they work, errors aside, for command lines with a bar of their own."""
-    import logging
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
-    for name in ("lm_eval", "lm-eval", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _accuracy(scored: list[dict]) -> dict:
     correct = sum(s["score"] for s in scored)
     return {"accuracy": round(correct / len(scored), 6), "correct": int(correct), "count": len(scored)}
-
-
-def _device_name(network) -> str:
-    import torch
-
-    if network is not None and network.device.type == "cuda":
-        return torch.cuda.get_device_name(network.device)
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("memzoo", "torch", "triton", "transformers", "tokenizers", "datasets", "lm-eval"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def save_results(results: dict | Sequence[dict], path: str | Path) -> None:

@@ -1,0 +1,419 @@
+"""Suites on models, one cell (model, task, length) after the other, each appended to the store when it is finished."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from ..data.held_out import bucket_edges
+from ..data.niah import DoesNotFit
+from ..data.tasks import DEPTHS, SuiteTask, documents, find_tasks
+from .common import (
+    check_place,
+    described,
+    device_name,
+    fingerprint,
+    load_model,
+    read_tokenizer,
+    tokenizer_fingerprint,
+    training_tokens,
+    versions,
+)
+from .store import Store, identity, mean_interval, wilson
+
+__all__ = ["Progress", "Subject", "evaluate", "score_documents"]
+
+NEVER = 2**31  # a length at which lm-eval cuts prompts; ours are never cut, and a model that cannot read them should say so
+TAIL = 400  # characters of a prompt that are kept with an answer
+
+
+class Progress:
+    """What `evaluate` tells while it works; a subclass shows it. Work is counted in tokens of documents."""
+
+    def plan(self, work: int, cells: int, finished: int) -> None:
+        """So much work in so many cells, of which so many were finished before."""
+
+    def cell(self, model: str, task: str, length: int) -> None:
+        """This cell begins."""
+
+    def work(self, done: float) -> None:
+        """So much more work is done."""
+
+    def record(self, record: dict) -> None:
+        """This cell is finished and in the store."""
+
+    def note(self, text: str) -> None:
+        """Something to tell in one line, such as a cell that cannot be run."""
+
+
+class Subject:
+    """One model to be scored: a folder, a hub name, a transformers model or an lm-eval LM; loaded when it is first needed."""
+
+    def __init__(self, model, tokenizer, options: dict) -> None:
+        self.options, self.lm, self.model, self.path = options, None, None, None
+        trust = options["trust_remote_code"]
+        if isinstance(model, (str, Path)):
+            self.path = check_place(model)
+            self.tokenizer = read_tokenizer(self.path if tokenizer is None else tokenizer, trust)
+            folder = Path(self.path)
+            self.name = folder.parent.resolve().name if folder.name == "final" else folder.name
+        else:
+            self.tokenizer = read_tokenizer(tokenizer, trust)
+            self.model = getattr(model, "model", None) if hasattr(model, "generate_until") else model
+            self.lm = model if hasattr(model, "generate_until") else None
+            self.name = getattr(getattr(self.model, "config", None), "model_type", None) or type(model).__name__
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ValueError(f"{self.name}: documents need a fast tokenizer, {type(self.tokenizer).__name__} is not one")
+        self.fingerprint = None
+        if self.path is None or Path(self.path).is_dir():
+            self.fingerprint = fingerprint(self.model or self.lm, self.path)
+
+    def load(self):
+        """The lm-eval LM."""
+        if self.lm is None:
+            from .reader import MemoryLM
+
+            options = self.options
+            if self.model is None:
+                device = options["accelerator"].device if _processes(options["accelerator"]) > 1 else options["device"]
+                trust = options["trust_remote_code"]
+                self.model = load_model(self.path, dtype=options["dtype"], device=device, trust_remote_code=trust)
+            self.lm = MemoryLM(
+                self.model, self.tokenizer, options["batch_size"], options["chunk"], accelerator=options["accelerator"]
+            )
+        if self.fingerprint is None:
+            self.fingerprint = fingerprint(self.model)
+        return self.lm
+
+    def identify(self) -> str:
+        """The fingerprint; a model from the hub is loaded for it."""
+        if self.fingerprint is None:
+            self.load()
+        return self.fingerprint
+
+    def forget(self) -> None:
+        """Free the memory of a model that was loaded from a folder or the hub."""
+        if self.path is not None:
+            self.lm = self.model = None
+
+    def facts(self, length: int) -> dict:
+        """What the store says about the model and what it costs at a length."""
+        network = self.model
+        config = getattr(network, "config", None)
+        trained = self.options["training_length"]
+        return {
+            "model": {
+                "name": self.name,
+                "path": self.path,
+                "model_type": getattr(config, "model_type", None),
+                "parameters": sum(p.numel() for p in network.parameters()) if network is not None else None,
+                "training_length": getattr(config, "training_length", None) if trained is None else trained,
+                "training_tokens": training_tokens(self.path),
+                "dtype": str(network.dtype).removeprefix("torch.") if network is not None else None,
+                "fingerprint": self.fingerprint,
+                "config": described(config),
+            },
+            "state_bytes": network.state_bytes(length) if hasattr(network, "state_bytes") and length else None,
+            "flops_per_token": network.flops_per_token(length) if hasattr(network, "flops_per_token") and length else None,
+        }
+
+
+def _processes(accelerator) -> int:
+    return 1 if accelerator is None else accelerator.num_processes
+
+
+def evaluate(
+    models: Sequence,
+    suites: Sequence[str],
+    store: Store | str | Path | None = None,
+    *,
+    lengths: Sequence[int] | None = None,
+    limit: int = 50,
+    depths: Sequence[float] = DEPTHS,
+    seed: int = 0,
+    difficulty: dict[str, object] | None = None,
+    tokenizer=None,
+    batch_size: int = 8,
+    chunk: int = 2048,
+    dtype: str = "auto",
+    device: str | None = None,
+    training_length: int | None = None,
+    trust_remote_code: bool = False,
+    accelerator=None,
+    progress: Progress | None = None,
+) -> list[dict]:
+    """Score models on suites; every finished cell is appended to the store, and a cell that is there already is not run again.
+
+    Args:
+        models: folders, hub names, transformers models or lm-eval LMs.
+        suites: names of suites or tasks (`memzoo.data.tasks`).
+        store: where results go; nowhere if None.
+        lengths: tokens of prompt and answer together; each task's own if None.
+        limit: documents of a cell, for needles shared out among the depths.
+        depths: shares of the haystack before the needle.
+        seed: another seed, other documents.
+        difficulty: settings that make tasks easier, such as `value_digits` or `pairs`; each goes to the tasks that have it.
+        tokenizer: an object, folder or name for all models; each model's own if None, memzoo's for a model given as an object.
+        batch_size: prompts at a time.
+        chunk: tokens of a prompt that are read at a time.
+        dtype, device, trust_remote_code: how a model given by name is loaded.
+        training_length: tokens the models were trained at; each config's `training_length` if None.
+        accelerator: an accelerate.Accelerator; documents are split among its processes.
+        progress: told how the work goes.
+
+    Returns:
+        The records of all cells asked for, new and old, in order; in processes after the first only the old ones.
+
+    Raises:
+        ValueError: bad input, in one line: before anything runs if it can be known, else after the cells before it are in the store. A task
+            that does not fit a length is a note, unless nothing could be run at all.
+    """
+    progress = progress or Progress()
+    tasks = list({task.name: task for suite in suites for task in find_tasks(suite)}.values())
+    difficulty = difficulty or {}
+    _check(models, tasks, lengths, limit, depths, difficulty, _processes(accelerator))
+    options = {
+        "batch_size": batch_size, "chunk": chunk, "dtype": dtype, "device": device, "training_length": training_length,
+        "trust_remote_code": trust_remote_code, "accelerator": accelerator,
+    }  # fmt: skip
+    subjects = [Subject(model, tokenizer, options) for model in models]
+    store = Store(store) if isinstance(store, (str, Path)) else store
+    done = {record["id"]: record for record in _agreed(store, accelerator)}
+
+    cells = []
+    for subject in subjects:
+        for task in tasks:
+            for length in sorted(set(lengths or task.lengths)):
+                changed = {k: v for k, v in difficulty.items() if k in task.difficulty and v != task.difficulty[k]}
+                cells.append((subject, task, length, changed))
+    keys = [_identity(*cell, limit, seed, depths, dtype) for cell in cells]
+    open_ = [key not in done for key in keys]
+    progress.plan(sum(cell[2] * limit for cell, new in zip(cells, open_) if new), len(cells), len(cells) - sum(open_))
+    records, notes = [], []
+    for number, ((subject, task, length, changed), key) in enumerate(zip(cells, keys)):
+        if key in done:
+            records.append(done[key])
+            continue
+        progress.cell(subject.name, task.name, length)
+        begun = time.perf_counter()
+        try:
+            asked = list(documents(task.name, subject.tokenizer, length, limit, seed, depths=depths, **changed))
+        except DoesNotFit as error:
+            notes.append(str(error))
+            progress.note(f"left out: {error}")
+            progress.work(length * limit)
+            continue
+        lm = subject.load()
+        scored = score_documents(lm, task, asked, seed, _advancer(progress, length * limit))
+        if scored is not None:
+            settings = {
+                "difficulty": changed,
+                "limit": limit,
+                **({"depths": list(depths)} if task.depths else {}),
+                "batch_size": batch_size,
+                "chunk": chunk,
+                "processes": _processes(accelerator),
+                "tokenizer": tokenizer_fingerprint(subject.tokenizer),
+            }
+            record = {
+                "id": key,
+                "suite": task.suite,
+                "task": task.name,
+                "length": length,
+                **summary(task, scored, changed),
+                **subject.facts(length),
+                "chance": _chance(asked),
+                "settings": settings,
+                "seed": seed,
+                "versions": versions(),
+                "device": device_name(subject.model),
+                "seconds": round(time.perf_counter() - begun, 3),
+                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            }
+            if store is not None:
+                record = store.append(record, scored)
+            done[key] = record
+            records.append(record)
+            progress.record(record)
+        if number + 1 == len(cells) or cells[number + 1][0] is not subject:
+            subject.forget()
+    if notes and not records and (accelerator is None or accelerator.is_main_process):
+        raise ValueError(notes[0])
+    return records
+
+
+def _check(models, tasks: Sequence[SuiteTask], lengths, limit: int, depths, difficulty: dict, processes: int) -> None:
+    if not models or not tasks:
+        raise ValueError(f"nothing to do: {len(models)} models and {len(tasks)} tasks")
+    if limit < 1:
+        raise ValueError(f"limit is {limit}, needs at least 1 document")
+    if limit < processes:
+        raise ValueError(f"limit is {limit}, needs at least one document for each of the {processes} processes")
+    for length in lengths or ():
+        if length < 1:
+            raise ValueError(f"length {length} is too short, needs at least 1")
+    if any(task.depths for task in tasks) and (not depths or not all(0.0 <= depth <= 1.0 for depth in depths)):
+        raise ValueError(f"depths are {list(depths)}, need shares from 0 to 1")
+    for key in difficulty:
+        known = sorted({name for task in tasks for name in task.difficulty})
+        if key not in known:
+            raise ValueError(f"no task of these has a setting {key!r}, they have {', '.join(known)}")
+
+
+def _agreed(store: Store | None, accelerator) -> list[dict]:
+    """The store's records as the first process sees them, so that all processes leave out the same cells."""
+    if _processes(accelerator) == 1:
+        return store.records() if store else []
+    from accelerate.utils import broadcast_object_list
+
+    box = [store.records() if store and accelerator.is_main_process else []]
+    return broadcast_object_list(box)[0]
+
+
+def _identity(subject: Subject, task: SuiteTask, length: int, changed: dict, limit: int, seed: int, depths, dtype: str) -> str:
+    return identity(
+        model=subject.identify(),
+        tokenizer=tokenizer_fingerprint(subject.tokenizer),
+        task=task.name,
+        length=length,
+        limit=limit,
+        seed=seed,
+        difficulty=changed,
+        depths=[float(depth) for depth in depths] if task.depths else None,
+        dtype=dtype,
+    )
+
+
+def _advancer(progress: Progress, work: int):
+    """on_read for a cell: its share of the work as tokens are read, and the rest when it is called with nothing more to read."""
+    told = 0.0
+
+    def advance(tokens: int, to_read: int) -> None:
+        nonlocal told
+        step = min(work * tokens / to_read, work - told) if to_read else work - told
+        told += step
+        progress.work(step)
+
+    return advance
+
+
+def score_documents(
+    lm, task: SuiteTask, asked: list[dict], seed: int = 0, advance=None, cap: int | None = None
+) -> list[dict] | None:
+    """What is kept of every document: its number, the end of its prompt, answer, target, score and what the score needs; through lm-eval.
+
+    None in processes after the first. `cap` is the most tokens to generate, the task's own if None.
+    """
+    from datasets import Dataset
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from .tasks import PREFIX, MemzooTask
+
+    name = f"{PREFIX}{task.name}"
+    data = Dataset.from_list([{**document, "monotone": task.monotone and cap is None} for document in asked])
+    config = {"task": name, "custom_dataset": lambda **_: {"test": data}}
+    if cap is not None:
+        config["generation_kwargs"] = {"do_sample": False, "max_gen_toks": cap, "until": list(task.until)}
+    for key, value in (("_max_length", NEVER), ("on_read", advance)):
+        if hasattr(lm, key):
+            setattr(lm, key, value)
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+    manager = TaskManager(include_defaults=False)  # indexing lm-eval's own tasks takes seconds and none is needed
+    outcome = simple_evaluate(
+        model=lm, tasks=[MemzooTask(config)], task_manager=manager, bootstrap_iters=0, log_samples=True, **seeds
+    )
+    if advance:
+        advance(0, 0)
+    if outcome is None:
+        return None
+    samples = sorted(outcome["samples"][name], key=lambda sample: sample["doc_id"])
+    return [_kept(task, sample) for sample in samples]
+
+
+def _kept(task: SuiteTask, sample: dict) -> dict:
+    document, answers = sample["doc"], sample["filtered_resps"]
+    kept = {"number": sample["doc_id"], "length": document["length"], "tokens": document["tokens"]}
+    if task.kind == "loss":
+        return {
+            **kept,
+            "prompt": document["input"][-TAIL:],
+            "log_likelihoods": [chance for chance, _ in answers],
+            "bytes": document["bytes"],
+            "edges": document["edges"],
+        }
+    kept |= {key: document[key] for key in ("depth", "key", "labels") if document.get(key) is not None}
+    if task.kind == "recall":
+        right = [bool(first) for _, first in answers]
+        shown = [context[-TAIL // 4 :] for (context, _) in sample["arguments"][:4]]
+        return {
+            **kept,
+            "prompt": shown,
+            "answer": right,
+            "target": document["outputs"],
+            "log_likelihoods": [chance for chance, _ in answers],
+            "score": sum(right) / len(right),
+        }
+    context = sample["arguments"][0][0]
+    score = sample["acc"]
+    return {**kept, "prompt": context[-TAIL:], "answer": answers[0], "target": document["outputs"], "score": score}
+
+
+def summary(task: SuiteTask, scored: list[dict], changed: dict) -> dict:
+    """The figures of a cell: metric, value, count, interval, and its parts by depth or position."""
+    if task.kind == "loss":
+        return _loss_summary(scored, task, changed)
+    parts = []
+    for depth in sorted({sample["depth"] for sample in scored if "depth" in sample}):
+        parts.append({"depth": depth, **_accuracy([sample for sample in scored if sample.get("depth") == depth])})
+    return {"metric": "accuracy", "higher_is_better": True, **_accuracy(scored), "cells": parts}
+
+
+def _accuracy(scored: list[dict]) -> dict:
+    correct, count = sum(sample["score"] for sample in scored), len(scored)
+    correct = round(correct, 9)
+    return {
+        "value": correct / count,
+        "count": count,
+        "correct": int(correct) if correct == int(correct) else correct,
+        "interval": wilson(correct, count),
+    }
+
+
+def _loss_summary(scored: list[dict], task: SuiteTask, changed: dict) -> dict:
+    bits = [-sum(sample["log_likelihoods"]) / math.log(2) for sample in scored]
+    sizes = [sum(sample["bytes"]) for sample in scored]
+    edges = bucket_edges(scored[0]["length"], changed.get("first_bucket", task.difficulty["first_bucket"]))
+    parts = []
+    for index in range(len(scored[0]["bytes"])):
+        nats = [-sample["log_likelihoods"][index] for sample in scored]
+        tokens = [sample["edges"][index + 1] - sample["edges"][index] for sample in scored]
+        piece = [sample["bytes"][index] for sample in scored]
+        parts.append(
+            {
+                "from": edges[index],
+                "to": edges[index + 1],
+                "loss": sum(nats) / sum(tokens),
+                "bits_per_byte": sum(nats) / math.log(2) / sum(piece),
+                "count": len(scored),
+                "interval": mean_interval([n / math.log(2) for n in nats], piece),
+            }
+        )
+    return {
+        "metric": "bits_per_byte",
+        "higher_is_better": False,
+        "value": sum(bits) / sum(sizes),
+        "count": len(scored),
+        "correct": None,
+        "interval": mean_interval(bits, sizes),
+        "cells": parts,
+    }
+
+
+def _chance(asked: list[dict]) -> float | None:
+    """What guessing among the answers there are would score, where that is known."""
+    known = [document["chance"] for document in asked if "chance" in document]
+    return sum(known) / len(known) if known else None
