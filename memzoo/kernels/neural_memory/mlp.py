@@ -20,6 +20,10 @@ FORWARD = LaunchTable({
     (64, 80): Launch(num_warps=4, num_stages=1, blocks={"BF": 32}),
     (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 32}),
 })  # fmt: skip
+BACKWARD = LaunchTable({
+    (64, 80): Launch(num_warps=4, num_stages=1, blocks={"BF": 32}),
+    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 32}),
+})  # fmt: skip
 
 
 @triton.jit
@@ -47,11 +51,39 @@ def _hidden(f, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr):
 
 
 @triton.jit
+def _rows(W: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
+    """Offsets and mask of scratch rows [BT, W]."""
+    i = tl.arange(0, BT)[:, None]
+    j = tl.arange(0, BW)[None, :]
+    return i * W + j, (i < BT) & (j < W)
+
+
+@triton.jit
+def _places(n, position, cu_seqlens, T, HAS_POSITION: tl.constexpr, VARLEN: tl.constexpr):
+    """The tokens of a sequence, those already written in the chunk it opens with included."""
+    length = T
+    if VARLEN:
+        length = (tl.load(cu_seqlens + n + 1) - tl.load(cu_seqlens + n)).to(tl.int32)
+    if HAS_POSITION:
+        length += tl.load(position + n).to(tl.int32)
+    return length
+
+
+@triton.jit
 def _copy(to, source, SIZE: tl.constexpr):
     i = tl.arange(0, 1024)
     for at in range(0, SIZE, 1024):
         inside = at + i < SIZE
         tl.store(to + at + i, tl.load(source + at + i, mask=inside, other=0.0).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _add(to, source, SIZE: tl.constexpr):
+    i = tl.arange(0, 1024)
+    for at in range(0, SIZE, 1024):
+        inside = at + i < SIZE
+        total = tl.load(to + at + i, mask=inside, other=0.0) + tl.load(source + at + i, mask=inside, other=0.0)
+        tl.store(to + at + i, total, mask=inside)
 
 
 @triton.jit
@@ -157,7 +189,13 @@ def _last_row(mask, scalars, base, front, end, head, H, BT: tl.constexpr):
     last = (base + end - 1) * H + head
     into_weights = tl.load(mask + last * BT + i)
     into_momentum = _gate(scalars, base, front, end, head, H, BT, 4, 3)
-    return into_weights, into_momentum, tl.load(scalars + last * 4), tl.load(scalars + last * 4 + 1), tl.load(scalars + last * 4 + 2)
+    return (
+        into_weights,
+        into_momentum,
+        tl.load(scalars + last * 4),
+        tl.load(scalars + last * 4 + 1),
+        tl.load(scalars + last * 4 + 2),
+    )
 
 
 @triton.jit
@@ -208,7 +246,7 @@ def _advance(
         change2 = tl.dot(tl.trans(x), (into_weights[:, None] * write).to(kind), input_precision=PRECISION)
         moved2 = tl.dot(tl.trans(x), (into_momentum[:, None] * write).to(kind), input_precision=PRECISION)
         tl.debug_barrier()  # every thread has read this slice before any writes it
-        if READ:
+        if READ:  # noqa: SIM102
             if keep_start:
                 tl.store(opened + at1, w1, mask=inside1)
                 tl.store(opened + first + at2, w2, mask=inside2)
@@ -242,13 +280,13 @@ def _forward_kernel(
     xs = hidden + program * (3 * BT * F)
     slopes = xs + BT * F
     us = slopes + BT * F
-    for turn in range(0, tl.cdiv(numbers - tl.program_id(0), tl.num_programs(0))):
+    for turn in range(tl.cdiv(numbers - tl.program_id(0), tl.num_programs(0))):
         number = tl.program_id(0) + turn * tl.num_programs(0)
         n = number // H
         head = number % H
         count = _chunks(n, position, cu_seqlens, T, BT, HAS_POSITION, VARLEN)
         _enter(slot, start, number, head, w1, w2, m1, m2, s1, s2, D, F, DV, HAS_POSITION)
-        for chunk in range(0, count):
+        for chunk in range(count):
             base, front, end = _chunk(n, chunk, position, cu_seqlens, T, BT, HAS_POSITION, VARLEN)
             # The weights that gradients are taken at: those of the chunk's start.
             b1 = tl.where(front > 0, size, 0)
@@ -279,15 +317,460 @@ def _forward_kernel(
         tl.debug_barrier()
 
 
+# The backward of one chunk, a pass over the hidden width each, in this order. Scratch of a program, beside the states: hidden rows [BT, F]
+# in the inputs' type (xs, slopes, curves, us, hs, dxs, dgs), rows [BT, D or Dv] in float32, and pairs [BT, BT] in the inputs' type, by which
+# a product is had transposed. Every pass loads what it needs again, so that little has to stay in registers between them.
+
+
 @triton.jit
-def _places(n, position, cu_seqlens, T, HAS_POSITION: tl.constexpr, VARLEN: tl.constexpr):
-    """The tokens of a sequence, those already written in the chunk it opens with included."""
-    length = T
-    if VARLEN:
-        length = (tl.load(cu_seqlens + n + 1) - tl.load(cu_seqlens + n)).to(tl.int32)
-    if HAS_POSITION:
-        length += tl.load(position + n).to(tl.int32)
-    return length
+def _pass_hidden(
+    q, k, mask, scalars, slot, slopes, us, hs, step, base, front, end, head, H,
+    D: tl.constexpr, F: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """The queries' hidden rows before GELU, to hs."""
+    kind = k.dtype.element_ty
+    key = _load(k, base, front, end, head, H, D, BT, BD)
+    query = _load(q, base, front, end, head, H, D, BT, BD)
+    left = _load(mask, base, front, end, head, H, BT, BT, BT)
+    compared = (left * tl.dot(query, tl.trans(key), input_precision=PRECISION)).to(kind)
+    beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
+    c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
+    for f in range(0, F, BF):
+        at, inside = _first(f, D, F, BD, BF)
+        here, held = _hidden(f, F, BT, BF)
+        u = tl.load(us + here, mask=held, other=0.0).to(tl.float32)
+        inner = step[:, None] * u * tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
+        w1 = tl.load(slot + at, mask=inside, other=0.0).to(kind)
+        s1 = tl.load(slot + D * F + at, mask=inside, other=0.0).to(kind)
+        h = beta * tl.dot(query, w1, input_precision=PRECISION)
+        h += c * tl.dot(query, s1, input_precision=PRECISION)
+        h -= tl.dot(compared, inner.to(kind), input_precision=PRECISION)
+        tl.store(hs + here, h.to(kind), mask=held)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _pass_second(
+    k, dy, mask, scalars, dmask, slot, carry, xs, hs, dxs, rows, drows, pairs, step, base, front, end, head, H,
+    D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Through the second layer's read and write: dH to hs, part of dX to dxs, dg2 to drows, part of dA to dmask, dW2 and dS2 carried on.
+
+    Returns the shares of dbeta and dc by row, of dA and dE of the last row by place, and of its dbeta, dc and de.
+    """
+    kind = k.dtype.element_ty
+    first: tl.constexpr = D * F
+    second: tl.constexpr = F * DV
+    given = _load(dy, base, front, end, head, H, DV, BT, BV)
+    left = _load(mask, base, front, end, head, H, BT, BT, BT)
+    beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
+    c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
+    into_weights, into_momentum, beta_last, c_last, e_last = _last_row(mask, scalars, base, front, end, head, H, BT)
+    into_weights = into_weights[:, None]
+    into_momentum = into_momentum[:, None]
+    wide, real = _rows(DV, BT, BV)
+    write = (step[:, None] * tl.load(rows + wide, mask=real, other=0.0)).to(kind)
+    through = (left * tl.dot(given, tl.trans(write), input_precision=PRECISION)).to(kind)
+    back = (tl.trans(left) * tl.dot(write, tl.trans(given), input_precision=PRECISION)).to(kind)
+    by_weights = (beta * given.to(tl.float32)).to(kind)
+    by_momentum = (c * given.to(tl.float32)).to(kind)
+    mixed = tl.zeros((BT, BT), tl.float32)
+    dwrite = tl.zeros((BT, BV), tl.float32)
+    dbeta = tl.zeros((BT,), tl.float32)
+    dc = tl.zeros((BT,), tl.float32)
+    dinto_weights = tl.zeros((BT,), tl.float32)
+    dinto_momentum = tl.zeros((BT,), tl.float32)
+    dbeta_last = tl.zeros((BF,), tl.float32)
+    dc_last = tl.zeros((BF,), tl.float32)
+    de_last = tl.zeros((BF,), tl.float32)
+    for f in range(0, F, BF):
+        at, inside = _second(f, F, DV, BF, BV)
+        here, held = _hidden(f, F, BT, BF)
+        x = tl.load(xs + here, mask=held, other=0.0)
+        a, slope, _ = _gelu_slopes(tl.load(hs + here, mask=held, other=0.0).to(tl.float32))
+        w2 = tl.load(slot + 2 * first + at, mask=inside, other=0.0)
+        s2 = tl.load(slot + 2 * first + second + at, mask=inside, other=0.0)
+        dw2 = tl.load(carry + 2 * first + at, mask=inside, other=0.0)
+        ds2 = tl.load(carry + 2 * first + second + at, mask=inside, other=0.0)
+        dbeta_last += tl.sum(w2 * dw2, 1)
+        dc_last += tl.sum(s2 * dw2, 1)
+        de_last += tl.sum(s2 * ds2, 1)
+        mixed += tl.dot(a.to(kind), tl.trans(x), input_precision=PRECISION)
+        # The read.
+        part = tl.dot(given, tl.trans(w2.to(kind)), input_precision=PRECISION)
+        dbeta += tl.sum(a * part, 1)
+        dh = beta * part
+        part = tl.dot(given, tl.trans(s2.to(kind)), input_precision=PRECISION)
+        dc += tl.sum(a * part, 1)
+        dh += c * part
+        dh -= tl.dot(through, x, input_precision=PRECISION)
+        # The write.
+        dx = -tl.dot(back, a.to(kind), input_precision=PRECISION)
+        part = tl.dot(write, tl.trans(dw2.to(kind)), input_precision=PRECISION)
+        dinto_weights -= tl.sum(x.to(tl.float32) * part, 1)
+        dx -= into_weights * part
+        part = tl.dot(write, tl.trans(ds2.to(kind)), input_precision=PRECISION)
+        dinto_momentum -= tl.sum(x.to(tl.float32) * part, 1)
+        dx -= into_momentum * part
+        dwrite -= into_weights * tl.dot(x, dw2.to(kind), input_precision=PRECISION)
+        dwrite -= into_momentum * tl.dot(x, ds2.to(kind), input_precision=PRECISION)
+        from_weights = tl.dot(tl.trans(a.to(kind)), by_weights, input_precision=PRECISION)
+        from_momentum = tl.dot(tl.trans(a.to(kind)), by_momentum, input_precision=PRECISION)
+        tl.debug_barrier()
+        tl.store(hs + here, (dh * slope).to(kind), mask=held)
+        tl.store(dxs + here, dx.to(kind), mask=held)
+        tl.store(carry + 2 * first + at, beta_last * dw2 + from_weights, mask=inside)
+        tl.store(carry + 2 * first + second + at, c_last * dw2 + e_last * ds2 + from_momentum, mask=inside)
+    square, inside = _rows(BT, BT, BT)
+    tl.store(pairs + square, (left * mixed).to(kind), mask=inside)
+    mixed *= tl.dot(given, tl.trans(write), input_precision=PRECISION)
+    _store(dmask, -mixed, base, front, end, head, H, BT, BT, BT)
+    tl.debug_barrier()
+    pair = tl.load(pairs + square, mask=inside, other=0.0)
+    dwrite -= tl.dot(tl.trans(pair), given, input_precision=PRECISION)
+    tl.store(drows + wide, dwrite, mask=real)
+    tl.debug_barrier()
+    last = (tl.sum(dbeta_last, 0), tl.sum(dc_last, 0), tl.sum(de_last, 0))
+    return dbeta, dc, dinto_weights, dinto_momentum, last[0], last[1], last[2]
+
+
+@triton.jit
+def _pass_keys(
+    q, k, mask, scalars, carry, slopes, us, hs, dgs, key_rows, step, base, front, end, head, H,
+    D: tl.constexpr, F: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """Through what the first layer is written: dg1 to dgs and part of dK to key_rows.
+
+    Returns rowsum(dg1 * G1), and the shares of dA and dE of the last row by place.
+    """
+    kind = k.dtype.element_ty
+    key = _load(k, base, front, end, head, H, D, BT, BD)
+    query = _load(q, base, front, end, head, H, D, BT, BD)
+    left = _load(mask, base, front, end, head, H, BT, BT, BT)
+    compared = (tl.trans(left) * tl.dot(key, tl.trans(query), input_precision=PRECISION)).to(kind)
+    into_weights, into_momentum, _, _, _ = _last_row(mask, scalars, base, front, end, head, H, BT)
+    into_weights = into_weights[:, None]
+    into_momentum = into_momentum[:, None]
+    dkey = tl.zeros((BT, BD), tl.float32)
+    dstep = tl.zeros((BT,), tl.float32)
+    dinto_weights = tl.zeros((BT,), tl.float32)
+    dinto_momentum = tl.zeros((BT,), tl.float32)
+    for f in range(0, F, BF):
+        at, inside = _first(f, D, F, BD, BF)
+        here, held = _hidden(f, F, BT, BF)
+        dh = tl.load(hs + here, mask=held, other=0.0)
+        u = tl.load(us + here, mask=held, other=0.0).to(tl.float32)
+        inner = u * tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
+        write = step[:, None] * inner
+        dw1 = tl.load(carry + at, mask=inside, other=0.0).to(kind)
+        ds1 = tl.load(carry + D * F + at, mask=inside, other=0.0).to(kind)
+        dwrite = -tl.dot(compared, dh, input_precision=PRECISION)
+        part = tl.dot(key, dw1, input_precision=PRECISION)
+        dinto_weights -= tl.sum(write * part, 1)
+        dwrite -= into_weights * part
+        part = tl.dot(key, ds1, input_precision=PRECISION)
+        dinto_momentum -= tl.sum(write * part, 1)
+        dwrite -= into_momentum * part
+        dstep += tl.sum(dwrite * inner, 1)
+        dkey -= into_weights * tl.dot(write.to(kind), tl.trans(dw1), input_precision=PRECISION)
+        dkey -= into_momentum * tl.dot(write.to(kind), tl.trans(ds1), input_precision=PRECISION)
+        tl.store(dgs + here, dwrite.to(kind), mask=held)
+    wide, real = _rows(D, BT, BD)
+    tl.store(key_rows + wide, dkey, mask=real)
+    tl.debug_barrier()
+    return dstep, dinto_weights, dinto_momentum
+
+
+@triton.jit
+def _pass_first(
+    q, k, dy, mask, scalars, dq, dmask, slot, carry, slopes, us, hs, pairs, step, dinto_weights, base, front, end, head, H,
+    D: tl.constexpr, F: tl.constexpr, RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """Through the first layer's read: dQ, the rest of dA to dmask, dW1 and dS1 carried on, and M1 to pairs.
+
+    Returns the shares of dbeta and dc by row, and of the last row's dbeta, dc and de.
+    """
+    kind = k.dtype.element_ty
+    query = _load(q, base, front, end, head, H, D, BT, BD)
+    beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
+    c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
+    last = (base + end - 1) * H + head
+    beta_last, c_last, e_last = tl.load(scalars + last * 4), tl.load(scalars + last * 4 + 1), tl.load(scalars + last * 4 + 2)
+    mixed = tl.zeros((BT, BT), tl.float32)
+    dquery = tl.zeros((BT, BD), tl.float32)
+    dbeta = tl.zeros((BT,), tl.float32)
+    dc = tl.zeros((BT,), tl.float32)
+    dbeta_last = tl.zeros((BD,), tl.float32)
+    dc_last = tl.zeros((BD,), tl.float32)
+    de_last = tl.zeros((BD,), tl.float32)
+    for f in range(0, F, BF):
+        at, inside = _first(f, D, F, BD, BF)
+        here, held = _hidden(f, F, BT, BF)
+        dh = tl.load(hs + here, mask=held, other=0.0)
+        u = tl.load(us + here, mask=held, other=0.0).to(tl.float32)
+        write = step[:, None] * u * tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
+        w1 = tl.load(slot + at, mask=inside, other=0.0)
+        s1 = tl.load(slot + D * F + at, mask=inside, other=0.0)
+        dw1 = tl.load(carry + at, mask=inside, other=0.0)
+        ds1 = tl.load(carry + D * F + at, mask=inside, other=0.0)
+        dbeta_last += tl.sum(w1 * dw1, 1)
+        dc_last += tl.sum(s1 * dw1, 1)
+        de_last += tl.sum(s1 * ds1, 1)
+        mixed += tl.dot(dh, tl.trans(write.to(kind)), input_precision=PRECISION)
+        part = tl.dot(dh, tl.trans(w1.to(kind)), input_precision=PRECISION)
+        dbeta += tl.sum(query.to(tl.float32) * part, 1)
+        dquery += beta * part
+        part = tl.dot(dh, tl.trans(s1.to(kind)), input_precision=PRECISION)
+        dc += tl.sum(query.to(tl.float32) * part, 1)
+        dquery += c * part
+        by_weights = (beta * dh.to(tl.float32)).to(kind)
+        by_momentum = (c * dh.to(tl.float32)).to(kind)
+        from_weights = tl.dot(tl.trans(query), by_weights, input_precision=PRECISION)
+        from_momentum = tl.dot(tl.trans(query), by_momentum, input_precision=PRECISION)
+        tl.debug_barrier()
+        tl.store(carry + at, beta_last * dw1 + from_weights, mask=inside)
+        tl.store(carry + D * F + at, c_last * dw1 + e_last * ds1 + from_momentum, mask=inside)
+    key = _load(k, base, front, end, head, H, D, BT, BD)
+    left = _load(mask, base, front, end, head, H, BT, BT, BT)
+    pair = (left * mixed).to(kind)
+    square, inside = _rows(BT, BT, BT)
+    tl.store(pairs + square, pair, mask=inside)
+    dquery -= tl.dot(pair, key, input_precision=PRECISION)
+    if RESIDUAL:
+        dquery += _load(dy, base, front, end, head, H, D, BT, BD).to(tl.float32)
+    _store(dq, dquery, base, front, end, head, H, D, BT, BD)
+    dleft = _load(dmask, base, front, end, head, H, BT, BT, BT)
+    dleft -= mixed * tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    dleft += tl.where(tl.arange(0, BT)[:, None] == end - 1, dinto_weights[None, :], 0.0)
+    tl.debug_barrier()
+    _store(dmask, dleft, base, front, end, head, H, BT, BT, BT)
+    return dbeta, dc, tl.sum(dbeta_last, 0), tl.sum(dc_last, 0), tl.sum(de_last, 0)
+
+
+@triton.jit
+def _pass_inner(
+    k, dv, b1, b2, db1, db2, dk, q, xs, slopes, curves, us, dxs, dgs, rows, drows, key_rows, pairs,
+    step, by_norm, k_square, u_square, x_square, g_square, base, front, end, head, H,
+    D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Through the inner gradient, in two passes: dV, dK, and the gradient of the weights it is taken at, added to db1 and db2."""
+    kind = k.dtype.element_ty
+    wide, real = _rows(DV, BT, BV)
+    grad = tl.load(rows + wide, mask=real, other=0.0)
+    dgrad = step[:, None] * tl.load(drows + wide, mask=real, other=0.0)
+    if CLAMP:
+        dgrad += (by_norm * x_square)[:, None] * grad
+    for f in range(0, F, BF):
+        at, inside = _second(f, F, DV, BF, BV)
+        here, held = _hidden(f, F, BT, BF)
+        slope = tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
+        dinner = step[:, None] * tl.load(dgs + here, mask=held, other=0.0).to(tl.float32)
+        if CLAMP:
+            dinner += (by_norm * k_square)[:, None] * slope * tl.load(us + here, mask=held, other=0.0).to(tl.float32)
+        weight = tl.load(b2 + at, mask=inside, other=0.0).to(kind)
+        dgrad += tl.dot((dinner * slope).to(kind), weight, input_precision=PRECISION)
+    _store(dv, -dgrad, base, front, end, head, H, DV, BT, BV)
+    key = _load(k, base, front, end, head, H, D, BT, BD)
+    tall, held_key = _rows(D, BT, BD)
+    dkey = tl.load(key_rows + tall, mask=held_key, other=0.0)
+    if CLAMP:
+        dkey += (by_norm * u_square)[:, None] * key.to(tl.float32)
+    if RESIDUAL and L2:
+        dkey += dgrad
+    for f in range(0, F, BF):
+        at1, inside1 = _first(f, D, F, BD, BF)
+        at2, inside2 = _second(f, F, DV, BF, BV)
+        here, held = _hidden(f, F, BT, BF)
+        slope = tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
+        u = tl.load(us + here, mask=held, other=0.0).to(tl.float32)
+        x = tl.load(xs + here, mask=held, other=0.0)
+        dx = tl.load(dxs + here, mask=held, other=0.0).to(tl.float32)
+        dinner = step[:, None] * tl.load(dgs + here, mask=held, other=0.0).to(tl.float32)
+        if CLAMP:
+            dinner += (by_norm * k_square)[:, None] * slope * u
+            dx += (by_norm * g_square)[:, None] * x.to(tl.float32)
+        change2 = tl.dot(tl.trans((dinner * slope).to(kind)), grad.to(kind), input_precision=PRECISION)
+        if L2:
+            weight = tl.load(b2 + at2, mask=inside2, other=0.0).to(kind)
+            dx += tl.dot(dgrad.to(kind), tl.trans(weight), input_precision=PRECISION)
+            change2 += tl.dot(tl.trans(x), dgrad.to(kind), input_precision=PRECISION)
+        dz = dinner * u * tl.load(curves + here, mask=held, other=0.0).to(tl.float32) + dx * slope
+        weight = tl.load(b1 + at1, mask=inside1, other=0.0).to(kind)
+        dkey += tl.dot(dz.to(kind), tl.trans(weight), input_precision=PRECISION)
+        change1 = tl.dot(tl.trans(key), dz.to(kind), input_precision=PRECISION)
+        change1 += tl.load(db1 + at1, mask=inside1, other=0.0)
+        change2 += tl.load(db2 + at2, mask=inside2, other=0.0)
+        tl.debug_barrier()
+        tl.store(db1 + at1, change1, mask=inside1)
+        tl.store(db2 + at2, change2, mask=inside2)
+    square, inside = _rows(BT, BT, BT)
+    pair = tl.load(pairs + square, mask=inside, other=0.0)
+    query = _load(q, base, front, end, head, H, D, BT, BD)
+    dkey -= tl.dot(tl.trans(pair), query, input_precision=PRECISION)
+    _store(dk, dkey, base, front, end, head, H, D, BT, BD)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["T", "numbers", "every"])
+def _backward_kernel(
+    q, k, v, lr, mask, scalars, w1, w2, m1, m2, s1, s2, boundaries, slot_starts, dy, gw1, gw2, gm1, gm2, gs1, gs2,
+    dq, dk, dv, dlr, dmask, dscalars, dw1, dw2, dm1, dm2, ds1, ds2,
+    states, hidden, rows, pairs, position, cu_seqlens, T, H, numbers, every, limit,
+    D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
+    HAS_POSITION: tl.constexpr, HAS_FINAL: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one (sequence, head) after another, chunk by chunk from the last; gw1 to gs2 are the final state's gradients.
+
+    Scratch of a program: `states` has the state before each chunk of a super-chunk, the weights of an open chunk, the gradient of the state
+    after the chunk at hand, and the gradient of an open chunk's weights.
+    """
+    first: tl.constexpr = D * F
+    second: tl.constexpr = F * DV
+    both: tl.constexpr = first + second
+    size: tl.constexpr = 2 * both
+    program = tl.program_id(0).to(tl.int64)
+    slots = states + program * ((every + 1) * size + 2 * both)
+    start = slots + every.to(tl.int64) * size
+    carry = start + both
+    dstart = carry + size
+    xs = hidden + program * (7 * BT * F)
+    slopes = xs + BT * F
+    curves = slopes + BT * F
+    us = curves + BT * F
+    hs = us + BT * F
+    dxs = hs + BT * F
+    dgs = dxs + BT * F
+    grad_rows = rows + program * (BT * (D + 2 * DV))
+    dgrad_rows = grad_rows + BT * DV
+    key_rows = dgrad_rows + BT * DV
+    pair_rows = pairs + program * (BT * BT)
+    i = tl.arange(0, BT)
+    if not HAS_POSITION:
+        _clear(dw1 + program * first, first)
+        _clear(dw2 + program * second, second)
+        tl.debug_barrier()
+    for turn in range(tl.cdiv(numbers - tl.program_id(0), tl.num_programs(0))):
+        number = tl.program_id(0) + turn * tl.num_programs(0)
+        n = number // H
+        head = number % H
+        at = number.to(tl.int64)
+        count = _chunks(n, position, cu_seqlens, T, BT, HAS_POSITION, VARLEN)
+        _clear(dstart, both)
+        closed = True
+        if HAS_FINAL:
+            _copy(carry, gw1 + at * first, first)
+            _copy(carry + first, gm1 + at * first, first)
+            _copy(carry + 2 * first, gw2 + at * second, second)
+            _copy(carry + 2 * first + second, gm2 + at * second, second)
+            tl.debug_barrier()
+            closed = _places(n, position, cu_seqlens, T, HAS_POSITION, VARLEN) % BT == 0
+            if closed:  # no chunk is open: `start` is the weights
+                _add(carry, gs1 + at * first, first)
+                _add(carry + 2 * first, gs2 + at * second, second)
+        else:
+            _clear(carry, size)
+        tl.debug_barrier()
+        supers = tl.cdiv(count, every)
+        for done in range(supers):
+            begin = (supers - 1 - done) * every
+            stop = tl.minimum(begin + every, count)
+            if begin == 0:
+                _enter(slots, start, number, head, w1, w2, m1, m2, s1, s2, D, F, DV, HAS_POSITION)
+            else:
+                kept = tl.load(slot_starts + n) + begin // every - 1
+                _copy(slots, boundaries + (kept * H + head) * size, size)
+                tl.debug_barrier()
+            for chunk in range(begin, stop - 1):
+                base, front, end = _chunk(n, chunk, position, cu_seqlens, T, BT, HAS_POSITION, VARLEN)
+                slot = slots + (chunk - begin) * size
+                b1 = tl.where(front > 0, (every - chunk + begin) * size, 0)
+                b2 = tl.where(front > 0, (every - chunk + begin) * size + first, 2 * first)
+                grad, theta, factor, _, _, _, _, _ = _inner_gradient(
+                    k, v, lr, slot + b1, slot + b2, xs, slopes, curves, us, base, front, end, head, H, limit,
+                    D, F, DV, RESIDUAL, L2, CLAMP, False, PRECISION, BT, BD, BF, BV,
+                )  # fmt: skip
+                _advance(
+                    q, k, dy, mask, scalars, slot, slot + size, xs, slopes, us, grad, theta * factor, base, front, end, head, H,
+                    start, False, D, F, DV, RESIDUAL, False, PRECISION, BT, BD, BF, BV,
+                )  # fmt: skip
+            for back in range(begin, stop):
+                chunk = begin + stop - 1 - back
+                base, front, end = _chunk(n, chunk, position, cu_seqlens, T, BT, HAS_POSITION, VARLEN)
+                slot = slots + (chunk - begin) * size
+                b1 = tl.where(front > 0, (every - chunk + begin) * size, 0)
+                b2 = tl.where(front > 0, (every - chunk + begin) * size + first, 2 * first)
+                grad, theta, factor, norm, k_square, u_square, x_square, g_square = _inner_gradient(
+                    k, v, lr, slot + b1, slot + b2, xs, slopes, curves, us, base, front, end, head, H, limit,
+                    D, F, DV, RESIDUAL, L2, CLAMP, True, PRECISION, BT, BD, BF, BV,
+                )  # fmt: skip
+                step = theta * factor
+                wide, real = _rows(DV, BT, BV)
+                tl.store(grad_rows + wide, grad, mask=real)
+                _pass_hidden(
+                    q, k, mask, scalars, slot, slopes, us, hs, step, base, front, end, head, H, D, F, PRECISION, BT, BD, BF
+                )  # fmt: skip
+                dbeta, dc, dinto_weights, dinto_momentum, dbeta_last, dc_last, de_last = _pass_second(
+                    k, dy, mask, scalars, dmask, slot, carry, xs, hs, dxs, grad_rows, dgrad_rows, pair_rows, step,
+                    base, front, end, head, H, D, F, DV, PRECISION, BT, BF, BV,
+                )  # fmt: skip
+                dstep, more_weights, more_momentum = _pass_keys(
+                    q, k, mask, scalars, carry, slopes, us, hs, dgs, key_rows, step, base, front, end, head, H,
+                    D, F, PRECISION, BT, BD, BF,
+                )  # fmt: skip
+                more_beta, more_c, more_beta_last, more_c_last, more_e_last = _pass_first(
+                    q, k, dy, mask, scalars, dq, dmask, slot, carry, slopes, us, hs, pair_rows, step, dinto_weights + more_weights,
+                    base, front, end, head, H, D, F, RESIDUAL, PRECISION, BT, BD, BF,
+                )  # fmt: skip
+                token = (base + i) * H + head
+                there = (i >= front) & (i < end)
+                last = i == end - 1
+                dbeta += more_beta + tl.where(last, dbeta_last + more_beta_last, 0.0)
+                dc += more_c + tl.where(last, dc_last + more_c_last, 0.0)
+                tl.store(dscalars + token * 4, dbeta, mask=there)
+                tl.store(dscalars + token * 4 + 1, dc, mask=there)
+                tl.store(dscalars + token * 4 + 2, tl.where(last, de_last + more_e_last, 0.0), mask=there)
+                tl.store(dscalars + token * 4 + 3, dinto_momentum + more_momentum, mask=there)
+                tl.debug_barrier()
+                # Step sizes and their clamp.
+                grad = tl.load(grad_rows + wide, mask=real, other=0.0)
+                dstep += tl.sum(grad * tl.load(dgrad_rows + wide, mask=real, other=0.0), 1)
+                tl.store(dlr + token, dstep * factor, mask=there)
+                by_norm = tl.where(norm > limit, -step * dstep / tl.maximum(norm * norm, limit * limit), 0.0)
+                into1 = tl.where(front > 0, size, 0)
+                into2 = tl.where(front > 0, size + first, 2 * first)
+                _pass_inner(
+                    k, dv, slot + b1, slot + b2, carry + into1, carry + into2, dk, q, xs, slopes, curves, us, dxs, dgs,
+                    grad_rows, dgrad_rows, key_rows, pair_rows, step, by_norm, k_square, u_square, x_square, g_square,
+                    base, front, end, head, H, D, F, DV, RESIDUAL, L2, CLAMP, PRECISION, BT, BD, BF, BV,
+                )  # fmt: skip
+                if HAS_FINAL:  # noqa: SIM102
+                    if (chunk == count - 1) & (front == 0) & (closed == 0):
+                        _add(carry, gs1 + at * first, first)
+                        _add(carry + 2 * first, gs2 + at * second, second)
+                        tl.debug_barrier()
+        if HAS_POSITION:
+            if HAS_FINAL:
+                opened = tl.load(position + n)
+                if (closed == 0) & (count <= 1) & (opened > 0):
+                    _add(dstart, gs1 + at * first, first)
+                    _add(dstart + first, gs2 + at * second, second)
+                    tl.debug_barrier()
+            _copy(dw1 + at * first, carry, first)
+            _copy(dm1 + at * first, carry + first, first)
+            _copy(dw2 + at * second, carry + 2 * first, second)
+            _copy(dm2 + at * second, carry + 2 * first + second, second)
+            _copy(ds1 + at * first, dstart, first)
+            _copy(ds2 + at * second, dstart + first, second)
+        else:
+            _add(dw1 + program * first, carry, first)
+            _add(dw2 + program * second, carry + 2 * first, second)
+        tl.debug_barrier()
 
 
 def _padded(size: int) -> int:
@@ -307,9 +790,7 @@ def _options(call, table: LaunchTable) -> dict[str, object]:
     }  # fmt: skip
 
 
-def mlp_forward(
-    call, mask: Tensor, scalars: Tensor, y: Tensor, final: list[Tensor] | None, boundaries: Tensor | None
-) -> None:
+def mlp_forward(call, mask: Tensor, scalars: Tensor, y: Tensor, final: list[Tensor] | None, boundaries: Tensor | None) -> None:
     """Write y, the final state (weights, momentum, start, a tensor a layer) and the boundaries, where given."""
     sizes = [w.shape[-2] * w.shape[-1] for w in call.weights]
     hidden = call.weights[0].shape[-1]
@@ -324,8 +805,33 @@ def mlp_forward(
     )  # fmt: skip
 
 
-def mlp_backward(call, mask, scalars, boundaries, dy, dfinal, dq, dk, dv, dlr, dmask, dscalars) -> list[Tensor]:
-    raise NotImplementedError
+def mlp_backward(
+    call, mask: Tensor, scalars: Tensor, boundaries: Tensor, dy: Tensor, dfinal: list[Tensor] | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, dlr: Tensor, dmask: Tensor, dscalars: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """Write dq to dscalars; return the gradient of each tensor of the call's memory, in float32."""
+    sizes = [w.shape[-2] * w.shape[-1] for w in call.weights]
+    hidden = call.weights[0].shape[-1]
+    new, programs = call.q.new_empty, call.programs
+    states = new(programs, (2 * (call.every + 1) + 2) * sum(sizes), dtype=torch.float32)
+    scratch = new(programs, 7, call.chunk, hidden)
+    rows = new(programs, call.chunk, call.dim + 2 * call.value_dim, dtype=torch.float32)
+    pairs = new(programs, call.chunk, call.chunk)
+    none = [None, None]
+    given = (*call.weights, *(call.state_momentum or none), *(call.state_start or none))
+    if call.position is None:
+        dmemory = [new(programs, *shape, dtype=torch.float32) for shape in call.layers]
+    else:
+        dmemory = [torch.empty_like(x, dtype=torch.float32) for x in given]
+    _backward_kernel[(programs,)](
+        call.q, call.k, call.v, call.lr, mask, scalars, *given, boundaries, call.slot_starts(), dy, *(dfinal or none * 3),
+        dq, dk, dv, dlr, dmask, dscalars, *dmemory, *(none * 2 if call.position is None else ()),
+        states, scratch, rows, pairs, call.position, call.cu_seqlens, call.length, call.heads, call.sequences * call.heads,
+        call.every, call.max_grad_norm or 1.0, HAS_FINAL=dfinal is not None, **_options(call, BACKWARD),
+    )  # fmt: skip
+    if call.position is None:
+        return [x.unflatten(0, (-1, call.heads)).sum(0) for x in dmemory]
+    return dmemory
 
 
 def mlp_step(call, y, final) -> None:
@@ -333,4 +839,40 @@ def mlp_step(call, y, final) -> None:
 
 
 def mlp_specs(capability: int) -> Iterator[CompileSpec]:
-    yield from ()
+    """Every launch-table entry at its largest sizes."""
+    flags = {
+        "RESIDUAL": True, "L2": True, "CLAMP": True, "HAS_POSITION": True, "HAS_FINAL": True, "VARLEN": True, "PRECISION": "tf32",
+    }  # fmt: skip
+    inputs = {**dict.fromkeys(("q", "k", "v", "lr"), "*bf16"), **dict.fromkeys(("mask", "scalars"), "*fp32")}
+    memory = dict.fromkeys(("w1", "w2", "m1", "m2", "s1", "s2"), "*fp32")
+    shared = {
+        **inputs, **memory, "boundaries": "*fp32", "slot_starts": "*i64", "states": "*fp32", "hidden": "*bf16", "position": "*i64",
+        "cu_seqlens": "*i64", "T": "i32", "H": "i32", "numbers": "i32", "every": "i32", "limit": "fp32",
+    }  # fmt: skip
+
+    def specs(name, kernel, table, signature, constants):
+        for size in sorted({size for size, _ in table.entries}):
+            launch = table.lookup(size, capability)
+            given = {
+                **constants,
+                "D": size,
+                "F": min(4 * size, 512),
+                "DV": size,
+                "BT": size,
+                "BD": size,
+                "BV": size,
+                **launch.blocks,
+            }
+            yield CompileSpec(
+                f"neural_memory {name} {size}", kernel, signature, {n: given[n] for n in kernel.arg_names if n in given},
+                launch.num_warps, launch.num_stages, ("H",),
+            )  # fmt: skip
+
+    final = dict.fromkeys(("fw1", "fw2", "fm1", "fm2", "fs1", "fs2"), "*fp32")
+    yield from specs("mlp forward", _forward_kernel, FORWARD, {**shared, "y": "*bf16", **final}, {**flags, "KEEP": True})
+    grads = {
+        **dict.fromkeys(("gw1", "gw2", "gm1", "gm2", "gs1", "gs2", "dw1", "dw2", "dm1", "dm2", "ds1", "ds2"), "*fp32"),
+        **dict.fromkeys(("dy", "dq", "dk", "dv"), "*bf16"), **dict.fromkeys(("dlr", "dmask", "dscalars", "rows"), "*fp32"),
+        "pairs": "*bf16",
+    }  # fmt: skip
+    yield from specs("mlp backward", _backward_kernel, BACKWARD, {**shared, **grads}, flags)
