@@ -32,9 +32,9 @@ class SuiteTask:
 
     Attributes:
         name, suite: the task, and the suite it is a part of.
-        make: make(tokenizer, length, rng, **difficulty) gives one sample: input, gen_prefix, outputs, length, tokens and what the task adds.
+        make: make(tokenizer, length, rng, **difficulty) gives a sample: input, gen_prefix, outputs, length, tokens and what it adds.
         score: score(sample, answer) from 0 to 1.
-        kind: "generate" (the answer is generated), "recall" (each of several values must be the model's first choice) or "loss".
+        kind: "generate" (the answer is generated), "recall" (each of several values must be the first choice) or "loss".
         answer_tokens: most tokens that are generated.
         until: texts that end an answer.
         monotone: whether saying more never lowers a score of 1, so that generation may stop once it is reached.

@@ -81,7 +81,7 @@ def evaluate_niah(
         if length not in documents:
             documents[length] = list(needle_samples(task, tokenizer, [length], depths, samples, seed, **difficulty))
         begun = time.perf_counter()
-        scored = _run_lm_eval(lm, task, documents.pop(length), tokenizer, seed)
+        scored = _run_lm_eval(lm, task, documents.pop(length), tokenizer)
         row = {"length": length, **_accuracy(scored), "seconds": round(time.perf_counter() - begun, 3)}
         rows.append(row)
         cells += [{"length": length, "depth": d, **_accuracy([s for s in scored if s["depth"] == d])} for d in depths]
@@ -120,10 +120,10 @@ def _as_lm(model, tokenizer, batch_size: int):
     return MemoryLM(model, tokenizer, batch_size), model
 
 
-def _run_lm_eval(lm, task: str, documents: list[dict], tokenizer, seed: int) -> list[dict]:
+def _run_lm_eval(lm, task: str, documents: list[dict], tokenizer) -> list[dict]:
     """Every document with the model's answer to it and its score."""
     cap = max(answer_tokens(document, tokenizer) for document in documents)
-    scored = score_documents(lm, TASKS[task], documents, seed, cap=cap)
+    scored = score_documents(lm, TASKS[task], documents, cap=cap)
     if scored is None:
         raise RuntimeError("evaluate_niah runs on one process; start it without a distributed launcher")
     return [

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,10 +28,19 @@ SHARED = 128  # prompts with fewer tokens in common are read each on its own
 LOGITS = 2**27  # most logits of one piece: 512 MiB in float32
 # Settings of a model's own generation_config that change greedy answers; HFLM honours them, so these models are left to it.
 CHANGES = {
-    "repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0), "encoder_repetition_penalty": (None, 1.0), "min_length": (None, 0),
-    "bad_words_ids": (None,), "suppress_tokens": (None,), "begin_suppress_tokens": (None,), "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,), "num_beams": (None, 1), "sequence_bias": (None,), "min_new_tokens": (None, 0),
-}  # fmt: skip
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "num_beams": (None, 1),
+    "bad_words_ids": (None,),
+    "sequence_bias": (None,),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+}
 
 
 class _Rows:
@@ -267,21 +277,7 @@ class MemoryLM(HFLM):
                 tokens = [rows[i][shared:] for i in batch]
                 wanted = [(j, row, starts[j] - shared) for row, i in enumerate(batch) for j in read_by[readers[i]]]
 
-                def take(first: int, width: int, logits: Tensor) -> None:
-                    logits = logits.float()
-                    norms, best = logits.logsumexp(-1), logits.argmax(-1)
-                    for j, row, start in wanted:
-                        pad = width - len(tokens[row])
-                        low = max(pad + start, first)
-                        high = min(pad + start + len(targets[j]), first + logits.shape[1])
-                        if low >= high:
-                            continue
-                        asked = targets[j][low - pad - start : high - pad - start]
-                        here = slice(low - first, high - first)
-                        chances = logits[row, here].gather(1, asked[:, None])[:, 0] - norms[row, here]
-                        totals[j] += chances.double().sum().cpu()
-                        greedy[j] = greedy[j] and bool((best[row, here] == asked).all())
-
+                take = partial(_take, wanted, [len(row) for row in tokens], targets, totals, greedy)
                 ranges = [
                     (
                         min(starts[j] for j in read_by[readers[i]]) - shared,
@@ -295,6 +291,32 @@ class MemoryLM(HFLM):
             if request is not None:
                 self.cache_hook.add_partial("loglikelihood", request, answer)
         return answers
+
+
+def _take(
+    wanted: Sequence[tuple[int, int, int]],
+    sizes: Sequence[int],
+    targets: Sequence[Tensor],
+    totals: Tensor,
+    greedy: list[bool],
+    first: int,
+    width: int,
+    logits: Tensor,
+) -> None:
+    """Add to each request what logits [rows, columns from `first` on, vocab] of rows padded to `width` say about its targets.
+
+    `wanted` are (request, its row, place in the row of the logits of its first target); `sizes` the tokens of each row.
+    """
+    logits = logits.float()
+    norms, best = logits.logsumexp(-1), logits.argmax(-1)
+    for request, row, start in wanted:
+        begin = width - sizes[row] + start
+        low, high = max(begin, first), min(begin + len(targets[request]), first + logits.shape[1])
+        if low < high:
+            asked, here = targets[request][low - begin : high - begin], slice(low - first, high - first)
+            chances = logits[row, here].gather(1, asked[:, None])[:, 0] - norms[row, here]
+            totals[request] += chances.double().sum().cpu()
+            greedy[request] = greedy[request] and bool((best[row, here] == asked).all())
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

@@ -207,7 +207,7 @@ def evaluate(
             progress.work(length * limit)
             continue
         lm = subject.load()
-        scored = score_documents(lm, task, asked, seed, _advancer(progress, length * limit))
+        scored = score_documents(lm, task, asked, _advancer(progress, length * limit))
         if scored is not None:
             settings = {
                 "difficulty": changed,
@@ -308,8 +308,7 @@ def score_documents(
     None in processes after the first. `cap` is the most tokens to generate, the task's own if None.
     """
     from datasets import Dataset
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval.evaluator import evaluate as run_lm_eval
 
     from .tasks import PREFIX, MemzooTask
 
@@ -321,11 +320,8 @@ def score_documents(
     for key, value in (("_max_length", NEVER), ("on_read", advance)):
         if hasattr(lm, key):
             setattr(lm, key, value)
-    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
-    manager = TaskManager(include_defaults=False)  # indexing lm-eval's own tasks takes seconds and none is needed
-    outcome = simple_evaluate(
-        model=lm, tasks=[MemzooTask(config)], task_manager=manager, bootstrap_iters=0, log_samples=True, **seeds
-    )
+    # Not simple_evaluate: that indexes lm-eval's own tasks and asks git and pip what is installed, seconds for every cell.
+    outcome = run_lm_eval(lm, {"tasks": {name: MemzooTask(config)}}, bootstrap_iters=0, log_samples=True)
     if advance:
         advance(0, 0)
     if outcome is None:
