@@ -116,7 +116,8 @@ def _close(name: str) -> str:
 
 def measure(specs: list[str], length: int, count: int, seed: int) -> dict:
     """What gradient_flow.json holds: one curve for every model and time, and the anchors' at initialisation."""
-    curves, measured = [], set()
+    curves: list[dict] = []
+    measured: set[str] = set()
 
     def add(name: str, when: str, model: nn.Module, ids: Tensor, anchor: bool = False) -> None:
         begun = time.perf_counter()
@@ -152,8 +153,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results"), help=f"folder for {JSON} and {PICTURE} [results]")
     options = parser.parse_args(argv)
+    from transformers.utils import logging
+
     from memzoo.evaluation import parse_length
 
+    logging.disable_progress_bar()
     try:
         length = parse_length(options.length)
         if length < 4 or options.sequences < 1:

@@ -107,7 +107,7 @@ def _figure(width: float = WIDTH, height: float = HEIGHT, columns: int = 1, rows
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _wrapped(label: str, width: int = 14) -> str:
+def _wrapped(label: str, width: int = 16) -> str:
     """A long name on up to three lines, broken after hyphens, slashes and spaces."""
     lines = [""]
     for part in re.findall(r"[^-/ _]+[-/ _]?|[-/ _]", label):
@@ -123,20 +123,24 @@ def _label_ends(axes, ends: Sequence[tuple[float, float, str, int]]) -> None:
     if not ends:
         return
     figure = axes.figure
-    points = figure.get_size_inches()[1] * 72 * axes.get_position().height
-    size = 9.0 if len(ends) <= 7 else 8.0
+    box, (inches_wide, inches_high) = axes.get_position(), figure.get_size_inches()
+    points = inches_high * 72 * box.height
     texts = [_wrapped(name) for _, _, name, _ in ends]
+    longest = max(len(line) for text in texts for line in text.split("\n"))
+    free = inches_wide * 72 * (1 - box.x1 - 0.045 * box.width)  # points to the figure's right edge
+    size = min(9.0 if len(ends) <= 7 else 8.0, max(free / (0.71 * longest), 6.5))
     tall = [1.25 * size * (text.count("\n") + 1) / points for text in texts]
     inverse = axes.transAxes.inverted()
     at = [inverse.transform(axes.transData.transform((x, y))) for x, y, _, _ in ends]
     order = sorted(range(len(ends)), key=lambda i: (at[i][1], ends[i][3]))
     places = _spread([at[i][1] for i in order], [tall[i] for i in order])
+    leader = {"arrowstyle": "-", "lw": 0.7, "alpha": 0.55, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
     for place, i in zip(places, order):
         index = ends[i][3]
         axes.annotate(
             texts[i], xy=at[i], xytext=(1.045, place), xycoords="axes fraction", textcoords="axes fraction", va="center", ha="left",
             fontsize=size, color=colour(index), fontweight="bold", linespacing=1.1, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour(index), "lw": 0.7, "alpha": 0.55, "shrinkA": 1, "shrinkB": 3},
+            arrowprops={"color": colour(index), **leader},
         )  # fmt: skip
 
 
@@ -465,10 +469,14 @@ def gradient_flow(flow: dict, results_models: Sequence[Model], when: str) -> Plo
     drawn = [c for c in flow["curves"] if c["when"] == when]
     if not drawn:
         return None
+    names = {c["name"] for c in drawn}
+    before = [c for c in flow["curves"] if c["when"] == "initialisation" and c["name"] in names and when != "initialisation"]
     labels = {model.label: model.index for model in results_models}
     anchors = [c["name"] for c in drawn if c.get("anchor")]
+    # An architecture that the store does not know keeps one colour too, whenever it is measured.
     free = iter(i for i in range(1000) if i not in labels.values())
-    indices = {c["name"]: labels[c["name"]] if c["name"] in labels else next(free) for c in drawn if not c.get("anchor")}
+    others = dict.fromkeys(c["name"] for c in flow["curves"] if not c.get("anchor") and c["name"] not in labels)
+    indices = {**labels, **{name: next(free) for name in others}}
     where = {"initialisation": "at initialisation", "trained": "after training"}.get(when, when)
     title = f"How far a loss reaches back, {where}"
     with plot_style():
@@ -494,8 +502,21 @@ def gradient_flow(flow: dict, results_models: Sequence[Model], when: str) -> Plo
                 style = {"color": colour(indices[c["name"]]), "linestyle": dashes(indices[c["name"]])}
             axes.plot(xs, ys, zorder=2 if anchor else 3, **style)
             ends.append((xs[-1], max(ys[-1], floor), c["name"], 7 if anchor else indices[c["name"]]))
+        for c in before:
+            thin = {"color": colour(indices[c["name"]]), "linewidth": 0.9, "linestyle": (0, (2, 2)), "alpha": 0.8}
+            axes.plot(c["lags"][1:], c["norms"][1:], zorder=2, **thin)
+        if before:
+            axes.annotate(
+                "dotted: at initialisation", xy=(0, 1), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points", fontsize=9,
+                color=MUTED, va="bottom",
+            )  # fmt: skip
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, floor), high)
+        low, high = (math.log10(x) for x in axes.get_ylim())
+        step = 2 if high - low > 5 else 1
+        powers = range(math.ceil(low - 1e-9), math.floor(high) + 1)[::-1][::step]
+        axes.set_yticks([10.0**e for e in powers], [f"10{_raised(e)}" for e in powers])
+        axes.set_yticks([], minor=True)
         axes.set_ylabel("gradient's norm, relative to lag 0")
         axes.grid(axis="y")
         _label_ends(axes, ends)
@@ -505,6 +526,10 @@ def gradient_flow(flow: dict, results_models: Sequence[Model], when: str) -> Plo
         f"Norm of the gradient of the last token's loss with respect to earlier tokens' states, by lag, relative to lag 0. {said}."
     )
     return Plot(slug("gradient-flow", when), title, text, figure)
+
+
+def _raised(number: int) -> str:
+    return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _powers(low: float, high: float) -> list[int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 INK, MUTED, GRID, PAPER = "#1c2530", "#5a6774", "#dfe4e9", "#ffffff"
-ON_DARK, ON_LIGHT = "#fffffe", "#1c2531"  # text in coloured cells: the same in both themes, so no theme colour
+ON_DARK, ON_LIGHT = "#fffffe", "#000001"  # text in coloured cells: the same in both themes, so no theme colour
 # Dark enough for text on white (4.5 : 1), and apart from each other with any kind of colour vision, the first five above all.
-SERIES = ("#0068a6", "#c04f00", "#00795a", "#a3478a", "#8a6400", "#4b3fa8", "#8c1d2f", "#4d5a66")
+SERIES = ("#1260b3", "#93380a", "#07836c", "#c72f9c", "#80740d", "#33107a", "#c3304f", "#4d5a66")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
 DASHES = ("solid", (0, (5, 2)), (0, (1, 1.6)))  # for the 9th model and on
 
@@ -18,7 +18,7 @@ THEME = (
     ("grid", GRID, "#333d47"),
     ("paper", PAPER, "#14191f"),
     *((f"series{i}", light, dark) for i, (light, dark) in enumerate(zip(
-        SERIES, ("#58b4ef", "#ff9350", "#37cda0", "#e792cf", "#e0b53c", "#a99fff", "#ff8594", "#b4c0cb")
+        SERIES, ("#3f9bfa", "#f28c3c", "#8fdcc2", "#ee5cb5", "#e8d98a", "#a195e5", "#fc5a74", "#b4c0cb")
     ))),
 )  # fmt: skip
 
@@ -85,6 +85,7 @@ def plot_style():
         "figure.facecolor": PAPER,
         "figure.dpi": 100,
         "text.color": INK,
+        "text.parse_math": False,  # names may hold dollar signs
         "xtick.color": MUTED,
         "ytick.color": MUTED,
         "xtick.labelsize": 9.5,
