@@ -99,11 +99,11 @@ def neural_memory(
         raise ValueError(f"{OP}: residual needs Dv = D, got {value_dim} and {dim}; pass residual=False")
     if loss not in LOSSES:
         raise ValueError(f"{OP}: loss is {loss!r}, needs one of {', '.join(LOSSES)}")
-    if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
+    if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and 0 < max_grad_norm < math.inf):
         raise ValueError(f"{OP}: max_grad_norm is {max_grad_norm!r}, needs a number above 0, or None")
     check_cu_seqlens(OP, cu_seqlens, batch, length)
     if initial_state is not None:
-        initial_state = _check_state(initial_state, weights, sequence_count(cu_seqlens, batch))
+        initial_state = _check_state(initial_state, weights, sequence_count(cu_seqlens, batch), chunk_size)
     parts = () if initial_state is None else initial_state[:3]
     layers = {f"weights[{i}]": w for i, w in enumerate(weights)}
     held = {f"initial_state.{n}[{i}]": w for n, part in zip(NeuralMemoryState._fields, parts) for i, w in enumerate(part)}
@@ -141,11 +141,13 @@ def _check_weights(weights: Sequence[Tensor], heads: int, dim: int, value_dim: i
         check_dim(OP, name, weight, 3, "[H, Din, Dout]")
         out = value_dim if i == len(weights) - 1 else weight.shape[2]
         check_shape(OP, name, weight, (heads, have, out), "[H, Din, Dout]")
+        if out == 0:
+            raise ValueError(f"{OP}: {name} has shape {list(weight.shape)}: Dout must be at least 1")
         have = out
     return tuple(weights)
 
 
-def _check_state(state: NeuralMemoryState, weights: tuple[Tensor, ...], count: int) -> NeuralMemoryState:
+def _check_state(state: NeuralMemoryState, weights: tuple[Tensor, ...], count: int, chunk_size: int) -> NeuralMemoryState:
     if not isinstance(state, tuple) or len(state) != len(NeuralMemoryState._fields):
         raise TypeError(f"{OP}: initial_state must be a NeuralMemoryState, got {type(state).__name__}")
     state = NeuralMemoryState(*state)
@@ -158,4 +160,8 @@ def _check_state(state: NeuralMemoryState, weights: tuple[Tensor, ...], count: i
     check_shape(OP, "initial_state.position", state.position, (count,), "[N]")
     if state.position.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{OP}: initial_state.position has dtype {state.position.dtype}, needs int64")
+    if state.position.device.type == "cpu" and not torch.compiler.is_compiling():  # where reading the values costs nothing
+        places = state.position.tolist()
+        if not all(0 <= place < chunk_size for place in places):
+            raise ValueError(f"{OP}: initial_state.position is {places[:8]}, needs 0 to chunk_size - 1 = {chunk_size - 1}")
     return state
