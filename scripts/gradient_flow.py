@@ -11,6 +11,7 @@ training and at initialisation. Writes gradient_flow.json and gradient_flow.png;
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 import time
@@ -101,17 +102,11 @@ def load(spec: str) -> tuple[str, object, str | None]:
         return spec, memzoo.preset(spec), None
     folder = Path(spec)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{spec} is neither a checkpoint (a folder with a config.json) nor a preset: {_close(spec)}")
+        close = difflib.get_close_matches(spec, memzoo.presets(), n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else ", which memzoo.presets() lists"
+        raise ValueError(f"{spec} is neither a checkpoint (a folder with a config.json) nor a preset{hint}")
     name = folder.resolve().parent.name if folder.resolve().name == "final" else folder.resolve().name
     return name, AutoConfig.from_pretrained(folder), str(folder)
-
-
-def _close(name: str) -> str:
-    try:
-        memzoo.preset(name)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def measure(specs: list[str], length: int, count: int, seed: int) -> dict:

@@ -43,7 +43,7 @@ th,td{padding:6px 13px;text-align:right;white-space:nowrap;border-bottom:1px sol
 th:first-child,td:first-child{text-align:left;padding-left:4px;position:sticky;left:0;background:var(--paper);max-width:52vw;
 white-space:normal;overflow-wrap:anywhere;min-width:8.5rem}
 td.text,th.text{text-align:left}
-thead th{color:var(--muted);font-weight:600;border-bottom:1.5px solid var(--ink);vertical-align:bottom}
+thead th{color:var(--muted);font-weight:600;border-bottom:1.5px solid var(--ink);vertical-align:bottom;white-space:normal}
 tbody th{font-weight:500}
 tbody tr.group th{padding-top:15px;font-weight:700;border-bottom:1px solid var(--muted);position:static;max-width:none}
 tr.group small{display:inline;font-weight:400;margin-left:.7em}
