@@ -121,8 +121,12 @@ def _masks(eta: Tensor, keep: Tensor, real: Tensor) -> tuple[Tensor, ...]:
 def _chunks(q, k, v, lr, momentum, decay, state, position, lengths, chunk_size, residual, loss, max_grad_norm):
     count, length = lr.shape[:2]
     running, surprise, opened = state.weights, state.momentum, state.start
+    furthest = 0 if position is None else chunk_size - 1  # in its open chunk; more exactly where looking costs nothing
+    if position is not None and position.device.type == "cpu" and not torch.compiler.is_compiling():
+        furthest = int(position.max())
+        position = position if furthest else None
     size = chunk_size if position is not None else min(chunk_size, length)
-    chunks = -(-(length if position is None else length + size - 1) // size)
+    chunks = -(-(length + furthest) // size)
     # Every sequence gets whole chunks of places. Places before its open chunk's first new token and after its end hold no token: there
     # theta is 0, nothing decays and no momentum is added, so that they change nothing.
     token = torch.arange(chunks * size, device=q.device)[None]
