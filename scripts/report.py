@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     for note in results.notes:
         print(f"report: {note}", file=sys.stderr)
     pictures = f"; {len(files) - 1} pictures in {files[1].parent}" if len(files) > 1 else ""
-    print(f"{files[0]}: {len(results.models)} models, {len(results.tasks)} tasks, {len(results.cells)} results{pictures}")
+    held = {"model": results.models, "task": results.tasks, "result": results.cells}
+    counted = ", ".join(f"{len(found)} {what}{'' if len(found) == 1 else 's'}" for what, found in held.items())
+    print(f"{files[0]}: {counted}{pictures}")
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from .store import SHARES
+
 Interval = tuple[float, float] | None
 
 
@@ -43,7 +45,9 @@ def best_beyond_doubt(scores: Sequence[tuple[float, Interval] | None], higher_is
 
 
 def short_length(tokens: float) -> str:
-    """512, 4k (4,096), 1.5k, 1M (1,048,576)."""
+    """512, 4k (4,096), 1.5k, 1M (1,048,576); "any" for 0, which stands for documents as they come."""
+    if not tokens:
+        return "any"
     for unit, size in (("M", 1024**2), ("k", 1024)):
         if tokens >= size:
             return f"{tokens / size:.3g}{unit}"
@@ -73,7 +77,4 @@ def _three(x: float) -> str:
 
 def score(value: float, metric: str) -> str:
     """A score as tables show it: shares to two digits, losses and bits to three."""
-    return f"{value:.2f}" if metric in SHARES else f"{value:.3f}"
-
-
-SHARES = {"accuracy", "acc", "acc_norm", "exact_match", "f1", "score", "recall"}  # metrics between 0 and 1
+    return f"{value:.2f}" if metric in SHARES else f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from . import plots
-from .numbers import SHARES, best_beyond_doubt, interval, score, short_bytes, short_count, short_length
+from .numbers import best_beyond_doubt, interval, score, short_bytes, short_count, short_length
 from .store import Model, Results, Task
 from .style import SERIES
 from .stylesheet import stylesheet
@@ -24,6 +24,16 @@ SUITES = {
     "denoise": ("Denoising", "Recall symbols scattered among blanks, after a marker."),
     "transfer": ("Transfer of copying", "Copying at delays beyond those trained on."),
     "babi_long": ("Facts in long prose", "Questions about facts scattered in unrelated prose, as BABILong asks them."),
+    "ruler": ("RULER", "lm-eval's own tasks."),
+    "babilong": ("BABILong", "lm-eval's own tasks."),
+    "longbench": ("LongBench", "lm-eval's own tasks."),
+    "longbench2": ("LongBench v2", "lm-eval's own tasks."),
+    "fda": ("In-context retrieval: FDA", "lm-eval's own task."),
+    "swde": ("In-context retrieval: SWDE", "lm-eval's own task."),
+    "squad_completion": ("In-context retrieval: SQuAD", "lm-eval's own task."),
+    "wikitext": ("WikiText", "lm-eval's own task."),
+    "lambada": ("LAMBADA", "lm-eval's own task."),
+    "commonsense": ("Commonsense", "lm-eval's own tasks, those of the papers."),
     "ppl_by_length": (
         "Language modelling by position",
         "Loss on held-out prose by the position of the token: who gains from context?",
@@ -155,7 +165,7 @@ def _models(results: Results) -> str:
     kept = [i for i in range(len(headings)) if i == 0 or any(row[i] for row in rows)]
     head = "".join(f'<th scope="col"{_text(headings[i])}>{headings[i]}</th>' for i in kept)
     body = "".join("<tr>" + "".join(_cell(row[i], i == 0, headings[i]) for i in kept) + "</tr>" for row in rows)
-    lengths = sorted({cell["length"] for cell in results.cells})
+    lengths = sorted({cell["length"] for cell in results.cells} - {0}) or [0]
     caption = f"State and FLOPs for one sequence of {_lengths(lengths)} tokens; lengths and tokens trained on where known."
     return _table(caption, head, body)
 
@@ -208,11 +218,11 @@ def _scores(tasks: Sequence[Task], models: Sequence[Model]) -> str:
     """One table a suite: a group of rows a task, a row a model, a column a length; the mean over tasks first where there are several."""
     lengths = sorted({n for task in tasks for n in task.lengths})
     groups = []
-    shares = [task for task in tasks if task.metric in SHARES]
+    shares = [task for task in tasks if task.share]
     if len(shares) > 1:
-        found = plots.curves(shares, models)
+        found = plots.curves(shares, models)  # without the documents as they come, which differ from task to task
         scores = {(i, p.length): (p.value, p.span) for i, points in found.items() for p in points}
-        groups.append((f"mean of {len(shares)} tasks", shares[0].metric, "", scores, True))
+        groups += [(f"mean of {len(shares)} tasks", shares[0].metric, "", scores, True)] if scores else []
     for task in tasks:
         scores = {place: (cell["value"], interval(cell)) for place, cell in task.cells.items()}
         counts = sorted({cell["count"] for cell in task.cells.values() if cell.get("count")})

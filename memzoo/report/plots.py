@@ -85,7 +85,7 @@ class Point:
 def curves(tasks: Sequence[Task], models: Sequence[Model]) -> dict[int, list[Point]]:
     """Points by length for every model index: the mean over those of `tasks` that all the models of that length have."""
     found: dict[int, list[Point]] = {}
-    for length in sorted({n for task in tasks for n in task.lengths}):
+    for length in sorted({n for task in tasks for n in task.lengths if n > 0}):
         present = [m for m in models if any((m.index, length) in task.cells for task in tasks)]
         shared = [task for task in tasks if all((m.index, length) in task.cells for m in present)]
         for model in present if shared else ():
@@ -256,6 +256,13 @@ def against_length(name: str, title: str, found: dict[int, list[Point]], models:
             ys = [p.value for p in points]
             _draw_curve(axes, [p.length for p in points], ys, [p.span for p in points], model.index)
             ends.append((points[-1].length, ys[-1], model.label, model.index))
+        chances = {p.length: p.cell["chance"] for points in found.values() for p in points if p.cell.get("chance")}
+        if chances and share and "mean of" not in title:
+            lengths = sorted(chances)
+            axes.plot(lengths, [chances[n] for n in lengths], color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+            axes.annotate(
+                "chance", xy=(lengths[0], chances[lengths[0]]), xytext=(0, 3), textcoords="offset points", fontsize=8.5, color=MUTED
+            )
         _mark_training(axes, drawn)
         _label_ends(axes, ends)
         _title(figure, title)
@@ -538,14 +545,12 @@ def _powers(low: float, high: float) -> list[int]:
 
 def suite_plots(suite: str, tasks: Sequence[Task], results: Results) -> dict[str, list[Plot]]:
     """Everything drawn of one suite: "trade-off", "length", "position" and "heat" (with "heat files", the panels of a task in one)."""
-    from .numbers import SHARES
-
     models, found = results.models, {"trade-off": [], "length": [], "position": [], "heat": [], "heat files": []}
-    shares = [task for task in tasks if task.metric in SHARES]
-    if shares:
-        averaged = curves(shares, models)
+    shares = [task for task in tasks if task.share]
+    averaged = curves(shares, models)
+    if averaged:
         several = f", mean of {len(shares)} tasks" if len(shares) > 1 else ""
-        if several and averaged:
+        if several:
             title = f"{suite}: {shares[0].metric} by length{several}"
             found["length"].append(against_length(slug("length", suite, "mean"), title, averaged, models, shares[0].metric, True))
         for cost, called in (("state_bytes", "state"), ("flops_per_token", "FLOPs per token")):
@@ -553,14 +558,13 @@ def suite_plots(suite: str, tasks: Sequence[Task], results: Results) -> dict[str
             plot = against_cost(slug(cost, suite), title, averaged, models, shares[0].metric, cost)
             found["trade-off"] += [plot] if plot else []
     for task in tasks:
-        share = task.metric in SHARES
         positions = [plot for unit in ("bits_per_byte", "loss") if (plot := by_position(task, models, unit))][:1]
         found["position"] += positions
-        if not positions or len(task.lengths) > 1:
+        points = curves([task], models)
+        if points and not positions:
             title = f"{task.title}: {task.metric.replace('_', ' ')} by length"
-            found["length"].append(
-                against_length(slug("length", suite, task.title), title, curves([task], models), models, task.metric, share)
-            )
+            name = slug("length", *dict.fromkeys((suite, task.title)))
+            found["length"].append(against_length(name, title, points, models, task.metric, task.share))
         name = slug("heatmap", task.title)
         for model in models:
             plot = heat_map(task, [model], f"{name}-{slug(model.label)}", f"{task.title}: {model.label}")

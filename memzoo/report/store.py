@@ -8,12 +8,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+SHARES = {"accuracy", "acc", "acc_norm", "exact_match", "f1", "score", "contains"}
 RESULTS = "results.jsonl"
 GRADIENT_FLOW = "gradient_flow.json"
 FORMAT = 1
 
 # What the settings hold that changes how a cell was run, not what was asked.
-_HOW = {"batch_size", "chunk", "chunk_size", "device", "dtype", "limit", "samples", "processes", "num_processes"}
+_HOW = {
+    "batch_size",
+    "chunk",
+    "chunk_size",
+    "device",
+    "dtype",
+    "limit",
+    "samples",
+    "processes",
+    "num_processes",
+    "tokenizer",
+    "depths",
+    "run",
+    "max_length",
+}
 
 
 @dataclass
@@ -52,7 +67,13 @@ class Task:
         return ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in self.difficulty.items())
 
     @property
+    def share(self) -> bool:
+        """Whether scores are shares from 0 to 1."""
+        return self.metric in SHARES and all(0.0 <= cell["value"] <= 1.0 for cell in self.cells.values())
+
+    @property
     def lengths(self) -> list[int]:
+        """Lengths in tokens, ascending; 0 stands for documents as they come."""
         return sorted({length for _, length in self.cells})
 
     def of(self, model: Model) -> dict[int, dict]:

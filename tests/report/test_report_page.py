@@ -168,7 +168,9 @@ BARE = (
 )
 
 
-@pytest.mark.parametrize("case", ["bare", "one model", "one cell", "many models", "odd names", "same names", "no training length"])
+@pytest.mark.parametrize(
+    "case", ["bare", "one model", "one cell", "many models", "odd names", "same names", "no training length", "as they come"]
+)
 def test_what_is_missing_is_left_out(case, tmp_path, monkeypatch):
     monkeypatch.setattr(Plot, "save", lambda plot, folder: [])  # slow, and the same for all
     rows = [row for row in made_up.cells() if row["length"] in (128, 512, 2048) and row["task"] != "niah_single_2"]
@@ -190,8 +192,12 @@ def test_what_is_missing_is_left_out(case, tmp_path, monkeypatch):
         ]
     elif case == "same names":
         rows = [row | {"model": row["model"] | {"name": "final"}} for row in rows]
-    else:
+    elif case == "no training length":
         rows = [row | {"model": row["model"] | {"training_length": None}} for row in rows]
+    else:
+        rows = [
+            row | {"length": 0, "cells": [], "state_bytes": None, "flops_per_token": None} for row in rows if row["length"] == 128
+        ]
     page, files, results = page_of(tmp_path, rows)
     assert page.faults == []
     text = files[0].read_text()
@@ -207,6 +213,8 @@ def test_what_is_missing_is_left_out(case, tmp_path, monkeypatch):
         assert any("$y_2$" in text for _, text in page.all("text"))  # and not as mathematics
     if case == "same names":
         assert sorted(m.label for m in results.models) == sorted(f"final (runs/{name})" for name in made_up.MODELS)
+    if case == "as they come":  # lm-eval's own tasks: no length, so a table and no plot
+        assert not page.all("svg") and any(text == "any" for _, text in page.all("th"))
     if case == "no training length":
         assert "trained at" not in text
 
@@ -258,7 +266,7 @@ def test_a_line_cut_off_by_a_crash_is_left_out_and_named(tmp_path, capsys):
     path.write_text(path.read_text() + json.dumps(rows[0])[:200])
     code, printed, error = run(capsys, tmp_path / "results", "--out", tmp_path / "page.html")
     assert code == 0 and f"line {len(rows) + 1} left out: not JSON" in error
-    assert f"1 models, 1 tasks, {len(rows)} results" in printed
+    assert f"1 model, 1 task, {len(rows)} results" in printed
     assert "left out: not JSON" in (tmp_path / "page.html").read_text()
 
 
@@ -277,6 +285,15 @@ def test_more_documents_supersede_fewer_and_difficulties_stay_apart(tmp_path):
     _, files, results = page_of(tmp_path, [many, few, easy])
     assert [(t.title, t.cells[0, 128]["value"]) for t in results.tasks] == [("mqar (as published)", 0.5), ("mqar (pairs 2)", 0.9)]
     assert "1 results not shown" in files[0].read_text()
+
+
+def test_chance_is_drawn_where_it_is_known(tmp_path):
+    rows = [
+        made_up.cell(name, "babi_long", "qa1", n, 0.5, 50, id=f"{name}{n}", settings={}, chance=0.125)
+        for name in ("sdnc-link", "titans-mac") for n in (128, 256)
+    ]  # fmt: skip
+    page, *_ = page_of(tmp_path, rows)
+    assert [text for _, text in page.all("text")].count("chance") == 1  # of the curve against length; costs have no such line
 
 
 def test_a_mean_over_tasks_never_compares_different_tasks(tmp_path):
