@@ -468,7 +468,7 @@ def test_finite_for_long_input_at_extreme_gates(decay, depth):
     extreme = EXTREMES[decay]
     args["decay"] = gates[torch.randint(5, (rows, length, 2))] if extreme is None else torch.full((rows, length, 2), extreme)
     with torch.no_grad():
-        output, state = run(**args, chunk_size=64, max_grad_norm=1.0, output_final_state=True)
+        output, state = run(**args, chunk_size=32, max_grad_norm=1.0, output_final_state=True)
     assert torch.isfinite(output).all()
     for part in state[:3]:
         assert all(torch.isfinite(t).all() for t in part)
@@ -486,9 +486,9 @@ def test_does_not_grow_for_long_input():
         assert torch.isfinite(gradient).all(), name
 
 
-@pytest.mark.parametrize(("length", "state"), [(1, False), (1, True), (9, False), (12, True)])
-def test_compiles_to_one_graph_and_takes_meta_tensors(length, state):
-    args = example(length=length, dtype=torch.float32, state=state)
+@pytest.mark.parametrize(("length", "depth", "state"), [(1, 2, False), (1, 2, True), (9, 1, False), (12, 2, True)])
+def test_compiles_to_one_graph_and_takes_meta_tensors(length, depth, state):
+    args = example(length=length, depth=depth, dtype=torch.float32, state=state)
     options = {"chunk_size": 8, "max_grad_norm": 1.0, "output_final_state": True, "implementation": "chunked"}
     position = torch.tensor([3, 0]) if state else None
 
