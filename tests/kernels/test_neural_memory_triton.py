@@ -12,7 +12,7 @@ CHUNK = 16
 PARTS = ("weights", "momentum", "start")
 
 
-def example(batch=2, length=37, heads=2, dim=16, hidden=32, value_dim=None, dtype=torch.float32, count=None, state=False):
+def example(batch=2, length=37, heads=2, dim=16, hidden=32, value_dim=None, dtype=torch.float32, count=None, state=False, calm=1.0):
     """Tensor arguments by name; a state's tensors are called weights0 to start1, the weights of a call without one w0 and w1."""
     value_dim = dim if value_dim is None else value_dim
     shapes = ((heads, dim, hidden), (heads, hidden, value_dim))
@@ -20,7 +20,7 @@ def example(batch=2, length=37, heads=2, dim=16, hidden=32, value_dim=None, dtyp
         "q": F.normalize(torch.randn(batch, length, heads, dim), dim=-1).to(dtype),
         "k": F.normalize(torch.randn(batch, length, heads, dim), dim=-1).to(dtype),
         "v": torch.randn(batch, length, heads, value_dim, dtype=dtype),
-        "lr": torch.rand(batch, length, heads),
+        "lr": calm * torch.rand(batch, length, heads),
         "momentum": torch.rand(batch, length, heads),
         "decay": 0.3 * torch.rand(batch, length, heads),
     }

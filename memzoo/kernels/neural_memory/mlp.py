@@ -27,19 +27,11 @@ BACKWARD = LaunchTable({
 
 
 @triton.jit
-def _first(f, D: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr):
-    """Offsets and mask of columns [f, f + BF) of a first layer [D, F]."""
+def _slice(f, D: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr):
+    """Offsets and mask of columns [f, f + BF) of a layer in scratch, [D, F], or the second layer transposed, [Dv, F]."""
     i = tl.arange(0, BD)[:, None]
     j = f + tl.arange(0, BF)[None, :]
     return i * F + j, (i < D) & (j < F)
-
-
-@triton.jit
-def _second(f, F: tl.constexpr, DV: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr):
-    """Offsets and mask of rows [f, f + BF) of a second layer [F, Dv]."""
-    i = f + tl.arange(0, BF)[:, None]
-    j = tl.arange(0, BV)[None, :]
-    return i * DV + j, (i < F) & (j < DV)
 
 
 @triton.jit
@@ -87,6 +79,20 @@ def _add(to, source, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _turn(to, source, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr):
+    """Copy or add the transpose of [ROWS, COLUMNS] to [COLUMNS, ROWS]."""
+    for row in range(0, ROWS, 32):
+        for column in range(0, COLUMNS, 32):
+            i = row + tl.arange(0, 32)
+            j = column + tl.arange(0, 32)[:, None]
+            inside = (i < ROWS) & (j < COLUMNS)
+            value = tl.load(source + i * COLUMNS + j, mask=inside, other=0.0).to(tl.float32)
+            if ADD:
+                value += tl.load(to + j * ROWS + i, mask=inside, other=0.0)
+            tl.store(to + j * ROWS + i, value, mask=inside)
+
+
+@triton.jit
 def _clear(to, SIZE: tl.constexpr):
     i = tl.arange(0, 1024)
     for at in range(0, SIZE, 1024):
@@ -111,33 +117,33 @@ def _enter(
     slot, base, number, head, w1, w2, m1, m2, s1, s2,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, HAS_POSITION: tl.constexpr,
 ):  # fmt: skip
-    """Copy what a sequence begins with to a slot (W1, S1, W2, S2) and the weights of its open chunk to `base` (B1, B2)."""
+    """Copy what a sequence begins with to a slot (W1, S1, W2^T, S2^T) and the weights of its open chunk to `base` (B1, B2^T)."""
     first: tl.constexpr = D * F
     second: tl.constexpr = F * DV
     if HAS_POSITION:
         at = number.to(tl.int64)
         _copy(slot + first, m1 + at * first, first)
-        _copy(slot + 2 * first + second, m2 + at * second, second)
+        _turn(slot + 2 * first + second, m2 + at * second, F, DV, False)
         _copy(base, s1 + at * first, first)
-        _copy(base + first, s2 + at * second, second)
+        _turn(base + first, s2 + at * second, F, DV, False)
     else:
         at = head.to(tl.int64)
         _clear(slot + first, first)
         _clear(slot + 2 * first + second, second)
     _copy(slot, w1 + at * first, first)
-    _copy(slot + 2 * first, w2 + at * second, second)
+    _turn(slot + 2 * first, w2 + at * second, F, DV, False)
     tl.debug_barrier()
 
 
 @triton.jit
 def _inner_gradient(
-    k, v, lr, b1, b2, xs, slopes, curves, us, base, front, end, head, H, limit,
+    k, v, lr, b1, b2, xs, slopes, curves, us, rows, base, front, end, head, H, limit,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
     CURVE: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk: X, gelu'(Z), (with CURVE) gelu''(Z) and U to scratch [BT, F].
+    """Of one chunk: X, gelu'(Z), (with CURVE) gelu''(Z) and U to scratch [BT, F], and G2 to rows [BT, Dv].
 
-    Returns G2 [BT, Dv] and by row theta, min(1, max / n), n, |K|^2, |G1|^2, |X|^2 and |G2|^2, the norms zero without a clamp.
+    Returns by row theta, min(1, max / n), n, |K|^2, |G1|^2, |X|^2 and |G2|^2, the norms zero without a clamp.
     """
     kind = k.dtype.element_ty
     key = _load(k, base, front, end, head, H, D, BT, BD)
@@ -147,7 +153,7 @@ def _inner_gradient(
     x_square = tl.zeros((BT,), tl.float32)
     u_square = tl.zeros((BT,), tl.float32)
     for f in range(0, F, BF):
-        at, inside = _first(f, D, F, BD, BF)
+        at, inside = _slice(f, D, F, BD, BF)
         here, held = _hidden(f, F, BT, BF)
         z = tl.dot(key, tl.load(b1 + at, mask=inside, other=0.0).to(kind), input_precision=PRECISION)
         x, slope, curve = _gelu_slopes(z)
@@ -158,14 +164,17 @@ def _inner_gradient(
         if CLAMP:
             x_square += tl.sum(x * x, 1)
         if L2:
-            at, inside = _second(f, F, DV, BF, BV)
-            grad += tl.dot(x.to(kind), tl.load(b2 + at, mask=inside, other=0.0).to(kind), input_precision=PRECISION)
+            at, inside = _slice(f, DV, F, BV, BF)
+            weight = tl.load(b2 + at, mask=inside, other=0.0).to(kind)
+            grad += tl.dot(x.to(kind), tl.trans(weight), input_precision=PRECISION)
+    wide, real = _rows(DV, BT, BV)
+    tl.store(rows + wide, grad, mask=real)
     tl.debug_barrier()
     for f in range(0, F, BF):
-        at, inside = _second(f, F, DV, BF, BV)
+        at, inside = _slice(f, DV, F, BV, BF)
         here, held = _hidden(f, F, BT, BF)
         weight = tl.load(b2 + at, mask=inside, other=0.0).to(kind)
-        u = tl.dot(grad.to(kind), tl.trans(weight), input_precision=PRECISION)
+        u = tl.dot(grad.to(kind), weight, input_precision=PRECISION)
         tl.store(us + here, u.to(kind), mask=held)
         if CLAMP:
             inner = u * tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
@@ -179,7 +188,7 @@ def _inner_gradient(
         factor = limit / tl.maximum(norm, limit)
     else:
         factor = tl.full((BT,), 1.0, tl.float32)
-    return grad, theta, factor, norm, k_square, u_square, x_square, g_square
+    return theta, factor, norm, k_square, u_square, x_square, g_square
 
 
 @triton.jit
@@ -200,7 +209,7 @@ def _last_row(mask, scalars, base, front, end, head, H, BT: tl.constexpr):
 
 @triton.jit
 def _advance(
-    q, k, y, mask, scalars, slot, to, xs, slopes, us, grad, step, base, front, end, head, H, opened, keep_start,
+    q, k, y, mask, scalars, slot, to, xs, slopes, us, rows, pairs, step, base, front, end, head, H, opened, keep_start,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, READ: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -211,53 +220,67 @@ def _advance(
     kind = k.dtype.element_ty
     first: tl.constexpr = D * F
     second: tl.constexpr = F * DV
-    key = _load(k, base, front, end, head, H, D, BT, BD)
     into_weights, into_momentum, beta_last, c_last, e_last = _last_row(mask, scalars, base, front, end, head, H, BT)
+    wide, real = _rows(DV, BT, BV)
+    square, inside = _rows(BT, BT, BT)
     if READ:
+        key = _load(k, base, front, end, head, H, D, BT, BD)
         query = _load(q, base, front, end, head, H, D, BT, BD)
         left = _load(mask, base, front, end, head, H, BT, BT, BT)
-        compared = (left * tl.dot(query, tl.trans(key), input_precision=PRECISION)).to(kind)
+        compared = left * tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        tl.store(pairs + square, compared.to(kind), mask=inside)
+        tl.debug_barrier()
         beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
         c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
         mixed = tl.zeros((BT, BT), tl.float32)
         out = tl.zeros((BT, BV), tl.float32)
-    write = step[:, None] * grad
     for f in range(0, F, BF):
-        at1, inside1 = _first(f, D, F, BD, BF)
-        at2, inside2 = _second(f, F, DV, BF, BV)
+        at1, inside1 = _slice(f, D, F, BD, BF)
+        at2, inside2 = _slice(f, DV, F, BV, BF)
         here, held = _hidden(f, F, BT, BF)
         x = tl.load(xs + here, mask=held, other=0.0)
-        u = tl.load(us + here, mask=held, other=0.0).to(tl.float32)
-        inner = step[:, None] * u * tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
+        inner = step[:, None] * tl.load(us + here, mask=held, other=0.0).to(tl.float32)
+        inner *= tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
         w1 = tl.load(slot + at1, mask=inside1, other=0.0)
         s1 = tl.load(slot + first + at1, mask=inside1, other=0.0)
-        w2 = tl.load(slot + 2 * first + at2, mask=inside2, other=0.0)
-        s2 = tl.load(slot + 2 * first + second + at2, mask=inside2, other=0.0)
         if READ:
+            query = _load(q, base, front, end, head, H, D, BT, BD)
+            compared = tl.load(pairs + square, mask=inside, other=0.0)
             h = beta * tl.dot(query, w1.to(kind), input_precision=PRECISION)
             h += c * tl.dot(query, s1.to(kind), input_precision=PRECISION)
             h -= tl.dot(compared, inner.to(kind), input_precision=PRECISION)
-            a = _gelu(h).to(kind)
-            mixed += tl.dot(a, tl.trans(x), input_precision=PRECISION)
-            out += beta * tl.dot(a, w2.to(kind), input_precision=PRECISION)
-            out += c * tl.dot(a, s2.to(kind), input_precision=PRECISION)
+        key = _load(k, base, front, end, head, H, D, BT, BD)
         change1 = tl.dot(tl.trans(key), (into_weights[:, None] * inner).to(kind), input_precision=PRECISION)
         moved1 = tl.dot(tl.trans(key), (into_momentum[:, None] * inner).to(kind), input_precision=PRECISION)
-        change2 = tl.dot(tl.trans(x), (into_weights[:, None] * write).to(kind), input_precision=PRECISION)
-        moved2 = tl.dot(tl.trans(x), (into_momentum[:, None] * write).to(kind), input_precision=PRECISION)
         tl.debug_barrier()  # every thread has read this slice before any writes it
         if READ:  # noqa: SIM102
             if keep_start:
                 tl.store(opened + at1, w1, mask=inside1)
-                tl.store(opened + first + at2, w2, mask=inside2)
         tl.store(to + at1, beta_last * w1 + c_last * s1 - change1, mask=inside1)
         tl.store(to + first + at1, e_last * s1 - moved1, mask=inside1)
+        w2 = tl.load(slot + 2 * first + at2, mask=inside2, other=0.0)
+        s2 = tl.load(slot + 2 * first + second + at2, mask=inside2, other=0.0)
+        if READ:
+            a = _gelu(h).to(kind)
+            mixed += tl.dot(a, tl.trans(x), input_precision=PRECISION)
+            out += beta * tl.dot(a, tl.trans(w2.to(kind)), input_precision=PRECISION)
+            out += c * tl.dot(a, tl.trans(s2.to(kind)), input_precision=PRECISION)
+        write = (step[:, None] * tl.load(rows + wide, mask=real, other=0.0)).to(kind)
+        x = x.to(tl.float32)
+        change2 = tl.dot(tl.trans(write), (into_weights[:, None] * x).to(kind), input_precision=PRECISION)
+        moved2 = tl.dot(tl.trans(write), (into_momentum[:, None] * x).to(kind), input_precision=PRECISION)
+        tl.debug_barrier()
+        if READ:  # noqa: SIM102
+            if keep_start:
+                tl.store(opened + first + at2, w2, mask=inside2)
         tl.store(to + 2 * first + at2, beta_last * w2 + c_last * s2 - change2, mask=inside2)
         tl.store(to + 2 * first + second + at2, e_last * s2 - moved2, mask=inside2)
     if READ:
-        out -= tl.dot((left * mixed).to(kind), write.to(kind), input_precision=PRECISION)
+        write = (step[:, None] * tl.load(rows + wide, mask=real, other=0.0)).to(kind)
+        mixed *= _load(mask, base, front, end, head, H, BT, BT, BT)
+        out -= tl.dot(mixed.to(kind), write, input_precision=PRECISION)
         if RESIDUAL:
-            out += query.to(tl.float32)
+            out += _load(q, base, front, end, head, H, D, BT, BD).to(tl.float32)
         _store(y, out, base, front, end, head, H, DV, BT, BV)
     tl.debug_barrier()
 
@@ -265,7 +288,7 @@ def _advance(
 @triton.jit(do_not_specialize=["T", "numbers", "every"])
 def _forward_kernel(
     q, k, v, lr, mask, scalars, w1, w2, m1, m2, s1, s2, y, fw1, fw2, fm1, fm2, fs1, fs2, boundaries, slot_starts,
-    states, hidden, position, cu_seqlens, T, H, numbers, every, limit,
+    states, hidden, rows, pairs, position, cu_seqlens, T, H, numbers, every, limit,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
     HAS_POSITION: tl.constexpr, HAS_FINAL: tl.constexpr, KEEP: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
@@ -280,6 +303,8 @@ def _forward_kernel(
     xs = hidden + program * (3 * BT * F)
     slopes = xs + BT * F
     us = slopes + BT * F
+    grad_rows = rows + program * (BT * DV)
+    pair_rows = pairs + program * (BT * BT)
     for turn in range(tl.cdiv(numbers - tl.program_id(0), tl.num_programs(0))):
         number = tl.program_id(0) + turn * tl.num_programs(0)
         n = number // H
@@ -291,14 +316,14 @@ def _forward_kernel(
             # The weights that gradients are taken at: those of the chunk's start.
             b1 = tl.where(front > 0, size, 0)
             b2 = tl.where(front > 0, size + first, 2 * first)
-            grad, theta, factor, _, _, _, _, _ = _inner_gradient(
-                k, v, lr, slot + b1, slot + b2, xs, slopes, slopes, us, base, front, end, head, H, limit,
+            theta, factor, _, _, _, _, _ = _inner_gradient(
+                k, v, lr, slot + b1, slot + b2, xs, slopes, slopes, us, grad_rows, base, front, end, head, H, limit,
                 D, F, DV, RESIDUAL, L2, CLAMP, False, PRECISION, BT, BD, BF, BV,
             )  # fmt: skip
             keep_start = (chunk == count - 1) & (end < BT) & (front == 0)
             _advance(
-                q, k, y, mask, scalars, slot, slot, xs, slopes, us, grad, theta * factor, base, front, end, head, H, start,
-                keep_start, D, F, DV, RESIDUAL, True, PRECISION, BT, BD, BF, BV,
+                q, k, y, mask, scalars, slot, slot, xs, slopes, us, grad_rows, pair_rows, theta * factor,
+                base, front, end, head, H, start, keep_start, D, F, DV, RESIDUAL, True, PRECISION, BT, BD, BF, BV,
             )  # fmt: skip
             if KEEP:
                 after = chunk + 1
@@ -309,43 +334,47 @@ def _forward_kernel(
             at = number.to(tl.int64)
             _copy(fw1 + at * first, slot, first)
             _copy(fm1 + at * first, slot + first, first)
-            _copy(fw2 + at * second, slot + 2 * first, second)
-            _copy(fm2 + at * second, slot + 2 * first + second, second)
+            _turn(fw2 + at * second, slot + 2 * first, DV, F, False)
+            _turn(fm2 + at * second, slot + 2 * first + second, DV, F, False)
             open_chunk = _places(n, position, cu_seqlens, T, HAS_POSITION, VARLEN) % BT > 0
             _copy(fs1 + at * first, slot + tl.where(open_chunk, size, 0), first)
-            _copy(fs2 + at * second, slot + tl.where(open_chunk, size + first, 2 * first), second)
+            _turn(fs2 + at * second, slot + tl.where(open_chunk, size + first, 2 * first), DV, F, False)
         tl.debug_barrier()
 
 
-# The backward of one chunk, a pass over the hidden width each, in this order. Scratch of a program, beside the states: hidden rows [BT, F]
-# in the inputs' type (xs, slopes, curves, us, hs, dxs, dgs), rows [BT, D or Dv] in float32, and pairs [BT, BT] in the inputs' type, by which
-# a product is had transposed. Every pass loads what it needs again, so that little has to stay in registers between them.
+# The backward of one chunk, a pass over the hidden width each, in this order. A program's scratch, beside the states: hidden rows [BT, F] in
+# the inputs' type (xs, slopes, curves, us, hs, dxs, dgs), rows [BT, D or Dv] in float32, and two pairs [BT, BT] in the inputs' type. What a
+# loop multiplies by in every slice is loaded in every slice: kept across the loop it would fill the registers. A product that is needed
+# transposed goes through memory.
 
 
 @triton.jit
 def _pass_hidden(
-    q, k, mask, scalars, slot, slopes, us, hs, step, base, front, end, head, H,
+    q, k, mask, scalars, slot, slopes, us, hs, pairs, step, base, front, end, head, H,
     D: tl.constexpr, F: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """The queries' hidden rows before GELU, to hs."""
     kind = k.dtype.element_ty
+    square, whole = _rows(BT, BT, BT)
     key = _load(k, base, front, end, head, H, D, BT, BD)
     query = _load(q, base, front, end, head, H, D, BT, BD)
-    left = _load(mask, base, front, end, head, H, BT, BT, BT)
-    compared = (left * tl.dot(query, tl.trans(key), input_precision=PRECISION)).to(kind)
+    compared = tl.dot(query, tl.trans(key), input_precision=PRECISION) * _load(mask, base, front, end, head, H, BT, BT, BT)
+    tl.store(pairs + square, compared.to(kind), mask=whole)
+    tl.debug_barrier()
     beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
     c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
     for f in range(0, F, BF):
-        at, inside = _first(f, D, F, BD, BF)
+        at, inside = _slice(f, D, F, BD, BF)
         here, held = _hidden(f, F, BT, BF)
-        u = tl.load(us + here, mask=held, other=0.0).to(tl.float32)
-        inner = step[:, None] * u * tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
+        inner = step[:, None] * tl.load(us + here, mask=held, other=0.0).to(tl.float32)
+        inner *= tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
+        h = -tl.dot(tl.load(pairs + square, mask=whole, other=0.0), inner.to(kind), input_precision=PRECISION)
+        query = _load(q, base, front, end, head, H, D, BT, BD)
         w1 = tl.load(slot + at, mask=inside, other=0.0).to(kind)
+        h += beta * tl.dot(query, w1, input_precision=PRECISION)
         s1 = tl.load(slot + D * F + at, mask=inside, other=0.0).to(kind)
-        h = beta * tl.dot(query, w1, input_precision=PRECISION)
         h += c * tl.dot(query, s1, input_precision=PRECISION)
-        h -= tl.dot(compared, inner.to(kind), input_precision=PRECISION)
         tl.store(hs + here, h.to(kind), mask=held)
     tl.debug_barrier()
 
@@ -363,82 +392,87 @@ def _pass_second(
     kind = k.dtype.element_ty
     first: tl.constexpr = D * F
     second: tl.constexpr = F * DV
+    wide, real = _rows(DV, BT, BV)
+    square, whole = _rows(BT, BT, BT)
     given = _load(dy, base, front, end, head, H, DV, BT, BV)
     left = _load(mask, base, front, end, head, H, BT, BT, BT)
+    write = (step[:, None] * tl.load(rows + wide, mask=real, other=0.0)).to(kind)
+    through = left * tl.dot(given, tl.trans(write), input_precision=PRECISION)
+    tl.store(pairs + square, through.to(kind), mask=whole)
+    back = tl.trans(left) * tl.dot(write, tl.trans(given), input_precision=PRECISION)
+    tl.store(pairs + BT * BT + square, back.to(kind), mask=whole)
+    tl.debug_barrier()
     beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
     c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
     into_weights, into_momentum, beta_last, c_last, e_last = _last_row(mask, scalars, base, front, end, head, H, BT)
     into_weights = into_weights[:, None]
     into_momentum = into_momentum[:, None]
-    wide, real = _rows(DV, BT, BV)
-    write = (step[:, None] * tl.load(rows + wide, mask=real, other=0.0)).to(kind)
-    through = (left * tl.dot(given, tl.trans(write), input_precision=PRECISION)).to(kind)
-    back = (tl.trans(left) * tl.dot(write, tl.trans(given), input_precision=PRECISION)).to(kind)
-    by_weights = (beta * given.to(tl.float32)).to(kind)
-    by_momentum = (c * given.to(tl.float32)).to(kind)
     mixed = tl.zeros((BT, BT), tl.float32)
     dwrite = tl.zeros((BT, BV), tl.float32)
     dbeta = tl.zeros((BT,), tl.float32)
     dc = tl.zeros((BT,), tl.float32)
     dinto_weights = tl.zeros((BT,), tl.float32)
     dinto_momentum = tl.zeros((BT,), tl.float32)
-    dbeta_last = tl.zeros((BF,), tl.float32)
-    dc_last = tl.zeros((BF,), tl.float32)
-    de_last = tl.zeros((BF,), tl.float32)
+    dbeta_last = tl.zeros((BV,), tl.float32)
+    dc_last = tl.zeros((BV,), tl.float32)
+    de_last = tl.zeros((BV,), tl.float32)
     for f in range(0, F, BF):
-        at, inside = _second(f, F, DV, BF, BV)
+        at, inside = _slice(f, DV, F, BV, BF)
         here, held = _hidden(f, F, BT, BF)
         x = tl.load(xs + here, mask=held, other=0.0)
         a, slope, _ = _gelu_slopes(tl.load(hs + here, mask=held, other=0.0).to(tl.float32))
+        mixed += tl.dot(a.to(kind), tl.trans(x), input_precision=PRECISION)
+        # The read.
+        given = _load(dy, base, front, end, head, H, DV, BT, BV)
         w2 = tl.load(slot + 2 * first + at, mask=inside, other=0.0)
+        part = tl.dot(given, w2.to(kind), input_precision=PRECISION)
+        dbeta += tl.sum(a * part, 1)
+        dh = beta * part
         s2 = tl.load(slot + 2 * first + second + at, mask=inside, other=0.0)
+        part = tl.dot(given, s2.to(kind), input_precision=PRECISION)
+        dc += tl.sum(a * part, 1)
+        dh += c * part
+        dh -= tl.dot(tl.load(pairs + square, mask=whole, other=0.0), x, input_precision=PRECISION)
+        # The write.
+        dx = -tl.dot(tl.load(pairs + BT * BT + square, mask=whole, other=0.0), a.to(kind), input_precision=PRECISION)
+        write = (step[:, None] * tl.load(rows + wide, mask=real, other=0.0)).to(kind)
         dw2 = tl.load(carry + 2 * first + at, mask=inside, other=0.0)
+        part = tl.dot(write, dw2.to(kind), input_precision=PRECISION)
+        dinto_weights -= tl.sum(x.to(tl.float32) * part, 1)
+        dx -= into_weights * part
         ds2 = tl.load(carry + 2 * first + second + at, mask=inside, other=0.0)
+        part = tl.dot(write, ds2.to(kind), input_precision=PRECISION)
+        dinto_momentum -= tl.sum(x.to(tl.float32) * part, 1)
+        dx -= into_momentum * part
+        dwrite -= into_weights * tl.dot(x, tl.trans(dw2.to(kind)), input_precision=PRECISION)
+        dwrite -= into_momentum * tl.dot(x, tl.trans(ds2.to(kind)), input_precision=PRECISION)
         dbeta_last += tl.sum(w2 * dw2, 1)
         dc_last += tl.sum(s2 * dw2, 1)
         de_last += tl.sum(s2 * ds2, 1)
-        mixed += tl.dot(a.to(kind), tl.trans(x), input_precision=PRECISION)
-        # The read.
-        part = tl.dot(given, tl.trans(w2.to(kind)), input_precision=PRECISION)
-        dbeta += tl.sum(a * part, 1)
-        dh = beta * part
-        part = tl.dot(given, tl.trans(s2.to(kind)), input_precision=PRECISION)
-        dc += tl.sum(a * part, 1)
-        dh += c * part
-        dh -= tl.dot(through, x, input_precision=PRECISION)
-        # The write.
-        dx = -tl.dot(back, a.to(kind), input_precision=PRECISION)
-        part = tl.dot(write, tl.trans(dw2.to(kind)), input_precision=PRECISION)
-        dinto_weights -= tl.sum(x.to(tl.float32) * part, 1)
-        dx -= into_weights * part
-        part = tl.dot(write, tl.trans(ds2.to(kind)), input_precision=PRECISION)
-        dinto_momentum -= tl.sum(x.to(tl.float32) * part, 1)
-        dx -= into_momentum * part
-        dwrite -= into_weights * tl.dot(x, dw2.to(kind), input_precision=PRECISION)
-        dwrite -= into_momentum * tl.dot(x, ds2.to(kind), input_precision=PRECISION)
-        from_weights = tl.dot(tl.trans(a.to(kind)), by_weights, input_precision=PRECISION)
-        from_momentum = tl.dot(tl.trans(a.to(kind)), by_momentum, input_precision=PRECISION)
-        tl.debug_barrier()
+        from_weights = tl.dot(tl.trans(given), (beta * a).to(kind), input_precision=PRECISION)
+        from_momentum = tl.dot(tl.trans(given), (c * a).to(kind), input_precision=PRECISION)
+        tl.debug_barrier()  # every thread has read this slice before any writes it
         tl.store(hs + here, (dh * slope).to(kind), mask=held)
         tl.store(dxs + here, dx.to(kind), mask=held)
         tl.store(carry + 2 * first + at, beta_last * dw2 + from_weights, mask=inside)
         tl.store(carry + 2 * first + second + at, c_last * dw2 + e_last * ds2 + from_momentum, mask=inside)
-    square, inside = _rows(BT, BT, BT)
-    tl.store(pairs + square, (left * mixed).to(kind), mask=inside)
+    given = _load(dy, base, front, end, head, H, DV, BT, BV)
+    write = (step[:, None] * tl.load(rows + wide, mask=real, other=0.0)).to(kind)
+    left = _load(mask, base, front, end, head, H, BT, BT, BT)
+    tl.debug_barrier()
+    tl.store(pairs + square, (left * mixed).to(kind), mask=whole)
     mixed *= tl.dot(given, tl.trans(write), input_precision=PRECISION)
     _store(dmask, -mixed, base, front, end, head, H, BT, BT, BT)
     tl.debug_barrier()
-    pair = tl.load(pairs + square, mask=inside, other=0.0)
-    dwrite -= tl.dot(tl.trans(pair), given, input_precision=PRECISION)
+    dwrite -= tl.dot(tl.trans(tl.load(pairs + square, mask=whole, other=0.0)), given, input_precision=PRECISION)
     tl.store(drows + wide, dwrite, mask=real)
     tl.debug_barrier()
-    last = (tl.sum(dbeta_last, 0), tl.sum(dc_last, 0), tl.sum(de_last, 0))
-    return dbeta, dc, dinto_weights, dinto_momentum, last[0], last[1], last[2]
+    return dbeta, dc, dinto_weights, dinto_momentum, tl.sum(dbeta_last, 0), tl.sum(dc_last, 0), tl.sum(de_last, 0)
 
 
 @triton.jit
 def _pass_keys(
-    q, k, mask, scalars, carry, slopes, us, hs, dgs, key_rows, step, base, front, end, head, H,
+    q, k, mask, scalars, carry, slopes, us, hs, dgs, key_rows, pairs, step, base, front, end, head, H,
     D: tl.constexpr, F: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
@@ -447,10 +481,13 @@ def _pass_keys(
     Returns rowsum(dg1 * G1), and the shares of dA and dE of the last row by place.
     """
     kind = k.dtype.element_ty
+    square, whole = _rows(BT, BT, BT)
     key = _load(k, base, front, end, head, H, D, BT, BD)
     query = _load(q, base, front, end, head, H, D, BT, BD)
-    left = _load(mask, base, front, end, head, H, BT, BT, BT)
-    compared = (tl.trans(left) * tl.dot(key, tl.trans(query), input_precision=PRECISION)).to(kind)
+    compared = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+    compared *= tl.trans(_load(mask, base, front, end, head, H, BT, BT, BT))
+    tl.store(pairs + square, compared.to(kind), mask=whole)
+    tl.debug_barrier()
     into_weights, into_momentum, _, _, _ = _last_row(mask, scalars, base, front, end, head, H, BT)
     into_weights = into_weights[:, None]
     into_momentum = into_momentum[:, None]
@@ -459,24 +496,25 @@ def _pass_keys(
     dinto_weights = tl.zeros((BT,), tl.float32)
     dinto_momentum = tl.zeros((BT,), tl.float32)
     for f in range(0, F, BF):
-        at, inside = _first(f, D, F, BD, BF)
+        at, inside = _slice(f, D, F, BD, BF)
         here, held = _hidden(f, F, BT, BF)
         dh = tl.load(hs + here, mask=held, other=0.0)
-        u = tl.load(us + here, mask=held, other=0.0).to(tl.float32)
-        inner = u * tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
+        dwrite = -tl.dot(tl.load(pairs + square, mask=whole, other=0.0), dh, input_precision=PRECISION)
+        inner = tl.load(us + here, mask=held, other=0.0).to(tl.float32)
+        inner *= tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
         write = step[:, None] * inner
+        key = _load(k, base, front, end, head, H, D, BT, BD)
         dw1 = tl.load(carry + at, mask=inside, other=0.0).to(kind)
-        ds1 = tl.load(carry + D * F + at, mask=inside, other=0.0).to(kind)
-        dwrite = -tl.dot(compared, dh, input_precision=PRECISION)
         part = tl.dot(key, dw1, input_precision=PRECISION)
         dinto_weights -= tl.sum(write * part, 1)
         dwrite -= into_weights * part
+        dkey -= into_weights * tl.dot(write.to(kind), tl.trans(dw1), input_precision=PRECISION)
+        ds1 = tl.load(carry + D * F + at, mask=inside, other=0.0).to(kind)
         part = tl.dot(key, ds1, input_precision=PRECISION)
         dinto_momentum -= tl.sum(write * part, 1)
         dwrite -= into_momentum * part
-        dstep += tl.sum(dwrite * inner, 1)
-        dkey -= into_weights * tl.dot(write.to(kind), tl.trans(dw1), input_precision=PRECISION)
         dkey -= into_momentum * tl.dot(write.to(kind), tl.trans(ds1), input_precision=PRECISION)
+        dstep += tl.sum(dwrite * inner, 1)
         tl.store(dgs + here, dwrite.to(kind), mask=held)
     wide, real = _rows(D, BT, BD)
     tl.store(key_rows + wide, dkey, mask=real)
@@ -495,7 +533,6 @@ def _pass_first(
     Returns the shares of dbeta and dc by row, and of the last row's dbeta, dc and de.
     """
     kind = k.dtype.element_ty
-    query = _load(q, base, front, end, head, H, D, BT, BD)
     beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
     c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
     last = (base + end - 1) * H + head
@@ -508,43 +545,43 @@ def _pass_first(
     dc_last = tl.zeros((BD,), tl.float32)
     de_last = tl.zeros((BD,), tl.float32)
     for f in range(0, F, BF):
-        at, inside = _first(f, D, F, BD, BF)
+        at, inside = _slice(f, D, F, BD, BF)
         here, held = _hidden(f, F, BT, BF)
         dh = tl.load(hs + here, mask=held, other=0.0)
-        u = tl.load(us + here, mask=held, other=0.0).to(tl.float32)
-        write = step[:, None] * u * tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
+        write = step[:, None] * tl.load(us + here, mask=held, other=0.0).to(tl.float32)
+        write *= tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
+        mixed += tl.dot(dh, tl.trans(write.to(kind)), input_precision=PRECISION)
+        query = _load(q, base, front, end, head, H, D, BT, BD)
         w1 = tl.load(slot + at, mask=inside, other=0.0)
+        part = tl.dot(dh, tl.trans(w1.to(kind)), input_precision=PRECISION)
+        dbeta += tl.sum(query.to(tl.float32) * part, 1)
+        dquery += beta * part
         s1 = tl.load(slot + D * F + at, mask=inside, other=0.0)
+        part = tl.dot(dh, tl.trans(s1.to(kind)), input_precision=PRECISION)
+        dc += tl.sum(query.to(tl.float32) * part, 1)
+        dquery += c * part
         dw1 = tl.load(carry + at, mask=inside, other=0.0)
         ds1 = tl.load(carry + D * F + at, mask=inside, other=0.0)
         dbeta_last += tl.sum(w1 * dw1, 1)
         dc_last += tl.sum(s1 * dw1, 1)
         de_last += tl.sum(s1 * ds1, 1)
-        mixed += tl.dot(dh, tl.trans(write.to(kind)), input_precision=PRECISION)
-        part = tl.dot(dh, tl.trans(w1.to(kind)), input_precision=PRECISION)
-        dbeta += tl.sum(query.to(tl.float32) * part, 1)
-        dquery += beta * part
-        part = tl.dot(dh, tl.trans(s1.to(kind)), input_precision=PRECISION)
-        dc += tl.sum(query.to(tl.float32) * part, 1)
-        dquery += c * part
-        by_weights = (beta * dh.to(tl.float32)).to(kind)
-        by_momentum = (c * dh.to(tl.float32)).to(kind)
-        from_weights = tl.dot(tl.trans(query), by_weights, input_precision=PRECISION)
-        from_momentum = tl.dot(tl.trans(query), by_momentum, input_precision=PRECISION)
+        dh = dh.to(tl.float32)
+        from_weights = tl.dot(tl.trans(query), (beta * dh).to(kind), input_precision=PRECISION)
+        from_momentum = tl.dot(tl.trans(query), (c * dh).to(kind), input_precision=PRECISION)
         tl.debug_barrier()
         tl.store(carry + at, beta_last * dw1 + from_weights, mask=inside)
         tl.store(carry + D * F + at, c_last * dw1 + e_last * ds1 + from_momentum, mask=inside)
     key = _load(k, base, front, end, head, H, D, BT, BD)
-    left = _load(mask, base, front, end, head, H, BT, BT, BT)
-    pair = (left * mixed).to(kind)
-    square, inside = _rows(BT, BT, BT)
-    tl.store(pairs + square, pair, mask=inside)
+    pair = (mixed * _load(mask, base, front, end, head, H, BT, BT, BT)).to(kind)
+    square, whole = _rows(BT, BT, BT)
+    tl.store(pairs + square, pair, mask=whole)
     dquery -= tl.dot(pair, key, input_precision=PRECISION)
     if RESIDUAL:
         dquery += _load(dy, base, front, end, head, H, D, BT, BD).to(tl.float32)
     _store(dq, dquery, base, front, end, head, H, D, BT, BD)
-    dleft = _load(dmask, base, front, end, head, H, BT, BT, BT)
-    dleft -= mixed * tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    query = _load(q, base, front, end, head, H, D, BT, BD)
+    mixed *= tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    dleft = _load(dmask, base, front, end, head, H, BT, BT, BT) - mixed
     dleft += tl.where(tl.arange(0, BT)[:, None] == end - 1, dinto_weights[None, :], 0.0)
     tl.debug_barrier()
     _store(dmask, dleft, base, front, end, head, H, BT, BT, BT)
@@ -561,57 +598,59 @@ def _pass_inner(
     """Through the inner gradient, in two passes: dV, dK, and the gradient of the weights it is taken at, added to db1 and db2."""
     kind = k.dtype.element_ty
     wide, real = _rows(DV, BT, BV)
-    grad = tl.load(rows + wide, mask=real, other=0.0)
     dgrad = step[:, None] * tl.load(drows + wide, mask=real, other=0.0)
     if CLAMP:
-        dgrad += (by_norm * x_square)[:, None] * grad
+        dgrad += (by_norm * x_square)[:, None] * tl.load(rows + wide, mask=real, other=0.0)
     for f in range(0, F, BF):
-        at, inside = _second(f, F, DV, BF, BV)
+        at, inside = _slice(f, DV, F, BV, BF)
         here, held = _hidden(f, F, BT, BF)
         slope = tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
         dinner = step[:, None] * tl.load(dgs + here, mask=held, other=0.0).to(tl.float32)
         if CLAMP:
             dinner += (by_norm * k_square)[:, None] * slope * tl.load(us + here, mask=held, other=0.0).to(tl.float32)
         weight = tl.load(b2 + at, mask=inside, other=0.0).to(kind)
-        dgrad += tl.dot((dinner * slope).to(kind), weight, input_precision=PRECISION)
+        dgrad += tl.dot((dinner * slope).to(kind), tl.trans(weight), input_precision=PRECISION)
     _store(dv, -dgrad, base, front, end, head, H, DV, BT, BV)
-    key = _load(k, base, front, end, head, H, D, BT, BD)
     tall, held_key = _rows(D, BT, BD)
     dkey = tl.load(key_rows + tall, mask=held_key, other=0.0)
-    if CLAMP:
-        dkey += (by_norm * u_square)[:, None] * key.to(tl.float32)
     if RESIDUAL and L2:
         dkey += dgrad
+    tl.debug_barrier()
     for f in range(0, F, BF):
-        at1, inside1 = _first(f, D, F, BD, BF)
-        at2, inside2 = _second(f, F, DV, BF, BV)
+        at1, inside1 = _slice(f, D, F, BD, BF)
+        at2, inside2 = _slice(f, DV, F, BV, BF)
         here, held = _hidden(f, F, BT, BF)
         slope = tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
         u = tl.load(us + here, mask=held, other=0.0).to(tl.float32)
         x = tl.load(xs + here, mask=held, other=0.0)
-        dx = tl.load(dxs + here, mask=held, other=0.0).to(tl.float32)
         dinner = step[:, None] * tl.load(dgs + here, mask=held, other=0.0).to(tl.float32)
         if CLAMP:
             dinner += (by_norm * k_square)[:, None] * slope * u
+        grad = tl.load(rows + wide, mask=real, other=0.0).to(kind)
+        change2 = tl.dot(tl.trans(grad), (dinner * slope).to(kind), input_precision=PRECISION)
+        dx = tl.load(dxs + here, mask=held, other=0.0).to(tl.float32)
+        if CLAMP:
             dx += (by_norm * g_square)[:, None] * x.to(tl.float32)
-        change2 = tl.dot(tl.trans((dinner * slope).to(kind)), grad.to(kind), input_precision=PRECISION)
         if L2:
+            negative = _load(dv, base, front, end, head, H, DV, BT, BV)
             weight = tl.load(b2 + at2, mask=inside2, other=0.0).to(kind)
-            dx += tl.dot(dgrad.to(kind), tl.trans(weight), input_precision=PRECISION)
-            change2 += tl.dot(tl.trans(x), dgrad.to(kind), input_precision=PRECISION)
-        dz = dinner * u * tl.load(curves + here, mask=held, other=0.0).to(tl.float32) + dx * slope
-        weight = tl.load(b1 + at1, mask=inside1, other=0.0).to(kind)
-        dkey += tl.dot(dz.to(kind), tl.trans(weight), input_precision=PRECISION)
-        change1 = tl.dot(tl.trans(key), dz.to(kind), input_precision=PRECISION)
-        change1 += tl.load(db1 + at1, mask=inside1, other=0.0)
+            dx -= tl.dot(negative, weight, input_precision=PRECISION)
+            change2 -= tl.dot(tl.trans(negative), x, input_precision=PRECISION)
         change2 += tl.load(db2 + at2, mask=inside2, other=0.0)
+        dz = (dinner * u * tl.load(curves + here, mask=held, other=0.0).to(tl.float32) + dx * slope).to(kind)
+        weight = tl.load(b1 + at1, mask=inside1, other=0.0).to(kind)
+        dkey += tl.dot(dz, tl.trans(weight), input_precision=PRECISION)
+        key = _load(k, base, front, end, head, H, D, BT, BD)
+        change1 = tl.dot(tl.trans(key), dz, input_precision=PRECISION)
+        change1 += tl.load(db1 + at1, mask=inside1, other=0.0)
         tl.debug_barrier()
         tl.store(db1 + at1, change1, mask=inside1)
         tl.store(db2 + at2, change2, mask=inside2)
-    square, inside = _rows(BT, BT, BT)
-    pair = tl.load(pairs + square, mask=inside, other=0.0)
+    if CLAMP:
+        dkey += (by_norm * u_square)[:, None] * _load(k, base, front, end, head, H, D, BT, BD).to(tl.float32)
+    square, whole = _rows(BT, BT, BT)
     query = _load(q, base, front, end, head, H, D, BT, BD)
-    dkey -= tl.dot(tl.trans(pair), query, input_precision=PRECISION)
+    dkey -= tl.dot(tl.trans(tl.load(pairs + square, mask=whole, other=0.0)), query, input_precision=PRECISION)
     _store(dk, dkey, base, front, end, head, H, D, BT, BD)
     tl.debug_barrier()
 
@@ -649,7 +688,7 @@ def _backward_kernel(
     grad_rows = rows + program * (BT * (D + 2 * DV))
     dgrad_rows = grad_rows + BT * DV
     key_rows = dgrad_rows + BT * DV
-    pair_rows = pairs + program * (BT * BT)
+    pair_rows = pairs + program * (2 * BT * BT)
     i = tl.arange(0, BT)
     if not HAS_POSITION:
         _clear(dw1 + program * first, first)
@@ -666,13 +705,13 @@ def _backward_kernel(
         if HAS_FINAL:
             _copy(carry, gw1 + at * first, first)
             _copy(carry + first, gm1 + at * first, first)
-            _copy(carry + 2 * first, gw2 + at * second, second)
-            _copy(carry + 2 * first + second, gm2 + at * second, second)
+            _turn(carry + 2 * first, gw2 + at * second, F, DV, False)
+            _turn(carry + 2 * first + second, gm2 + at * second, F, DV, False)
             tl.debug_barrier()
             closed = _places(n, position, cu_seqlens, T, HAS_POSITION, VARLEN) % BT == 0
             if closed:  # no chunk is open: `start` is the weights
                 _add(carry, gs1 + at * first, first)
-                _add(carry + 2 * first, gs2 + at * second, second)
+                _turn(carry + 2 * first, gs2 + at * second, F, DV, True)
         else:
             _clear(carry, size)
         tl.debug_barrier()
@@ -691,13 +730,13 @@ def _backward_kernel(
                 slot = slots + (chunk - begin) * size
                 b1 = tl.where(front > 0, (every - chunk + begin) * size, 0)
                 b2 = tl.where(front > 0, (every - chunk + begin) * size + first, 2 * first)
-                grad, theta, factor, _, _, _, _, _ = _inner_gradient(
-                    k, v, lr, slot + b1, slot + b2, xs, slopes, curves, us, base, front, end, head, H, limit,
+                theta, factor, _, _, _, _, _ = _inner_gradient(
+                    k, v, lr, slot + b1, slot + b2, xs, slopes, curves, us, grad_rows, base, front, end, head, H, limit,
                     D, F, DV, RESIDUAL, L2, CLAMP, False, PRECISION, BT, BD, BF, BV,
                 )  # fmt: skip
                 _advance(
-                    q, k, dy, mask, scalars, slot, slot + size, xs, slopes, us, grad, theta * factor, base, front, end, head, H,
-                    start, False, D, F, DV, RESIDUAL, False, PRECISION, BT, BD, BF, BV,
+                    q, k, dy, mask, scalars, slot, slot + size, xs, slopes, us, grad_rows, pair_rows, theta * factor,
+                    base, front, end, head, H, start, False, D, F, DV, RESIDUAL, False, PRECISION, BT, BD, BF, BV,
                 )  # fmt: skip
             for back in range(begin, stop):
                 chunk = begin + stop - 1 - back
@@ -705,22 +744,21 @@ def _backward_kernel(
                 slot = slots + (chunk - begin) * size
                 b1 = tl.where(front > 0, (every - chunk + begin) * size, 0)
                 b2 = tl.where(front > 0, (every - chunk + begin) * size + first, 2 * first)
-                grad, theta, factor, norm, k_square, u_square, x_square, g_square = _inner_gradient(
-                    k, v, lr, slot + b1, slot + b2, xs, slopes, curves, us, base, front, end, head, H, limit,
+                theta, factor, norm, k_square, u_square, x_square, g_square = _inner_gradient(
+                    k, v, lr, slot + b1, slot + b2, xs, slopes, curves, us, grad_rows, base, front, end, head, H, limit,
                     D, F, DV, RESIDUAL, L2, CLAMP, True, PRECISION, BT, BD, BF, BV,
                 )  # fmt: skip
                 step = theta * factor
-                wide, real = _rows(DV, BT, BV)
-                tl.store(grad_rows + wide, grad, mask=real)
                 _pass_hidden(
-                    q, k, mask, scalars, slot, slopes, us, hs, step, base, front, end, head, H, D, F, PRECISION, BT, BD, BF
+                    q, k, mask, scalars, slot, slopes, us, hs, pair_rows, step, base, front, end, head, H,
+                    D, F, PRECISION, BT, BD, BF,
                 )  # fmt: skip
                 dbeta, dc, dinto_weights, dinto_momentum, dbeta_last, dc_last, de_last = _pass_second(
                     k, dy, mask, scalars, dmask, slot, carry, xs, hs, dxs, grad_rows, dgrad_rows, pair_rows, step,
                     base, front, end, head, H, D, F, DV, PRECISION, BT, BF, BV,
                 )  # fmt: skip
                 dstep, more_weights, more_momentum = _pass_keys(
-                    q, k, mask, scalars, carry, slopes, us, hs, dgs, key_rows, step, base, front, end, head, H,
+                    q, k, mask, scalars, carry, slopes, us, hs, dgs, key_rows, pair_rows, step, base, front, end, head, H,
                     D, F, PRECISION, BT, BD, BF,
                 )  # fmt: skip
                 more_beta, more_c, more_beta_last, more_c_last, more_e_last = _pass_first(
@@ -738,6 +776,7 @@ def _backward_kernel(
                 tl.store(dscalars + token * 4 + 3, dinto_momentum + more_momentum, mask=there)
                 tl.debug_barrier()
                 # Step sizes and their clamp.
+                wide, real = _rows(DV, BT, BV)
                 grad = tl.load(grad_rows + wide, mask=real, other=0.0)
                 dstep += tl.sum(grad * tl.load(dgrad_rows + wide, mask=real, other=0.0), 1)
                 tl.store(dlr + token, dstep * factor, mask=there)
@@ -752,24 +791,24 @@ def _backward_kernel(
                 if HAS_FINAL:  # noqa: SIM102
                     if (chunk == count - 1) & (front == 0) & (closed == 0):
                         _add(carry, gs1 + at * first, first)
-                        _add(carry + 2 * first, gs2 + at * second, second)
+                        _turn(carry + 2 * first, gs2 + at * second, F, DV, True)
                         tl.debug_barrier()
         if HAS_POSITION:
             if HAS_FINAL:
                 opened = tl.load(position + n)
                 if (closed == 0) & (count <= 1) & (opened > 0):
                     _add(dstart, gs1 + at * first, first)
-                    _add(dstart + first, gs2 + at * second, second)
+                    _turn(dstart + first, gs2 + at * second, F, DV, True)
                     tl.debug_barrier()
             _copy(dw1 + at * first, carry, first)
             _copy(dm1 + at * first, carry + first, first)
-            _copy(dw2 + at * second, carry + 2 * first, second)
-            _copy(dm2 + at * second, carry + 2 * first + second, second)
+            _turn(dw2 + at * second, carry + 2 * first, DV, F, False)
+            _turn(dm2 + at * second, carry + 2 * first + second, DV, F, False)
             _copy(ds1 + at * first, dstart, first)
-            _copy(ds2 + at * second, dstart + first, second)
+            _turn(ds2 + at * second, dstart + first, DV, F, False)
         else:
             _add(dw1 + program * first, carry, first)
-            _add(dw2 + program * second, carry + 2 * first, second)
+            _turn(dw2 + program * second, carry + 2 * first, DV, F, True)
         tl.debug_barrier()
 
 
@@ -796,10 +835,12 @@ def mlp_forward(call, mask: Tensor, scalars: Tensor, y: Tensor, final: list[Tens
     hidden = call.weights[0].shape[-1]
     states = call.q.new_empty(call.programs, 3 * sum(sizes), dtype=torch.float32)
     scratch = call.q.new_empty(call.programs, 3, call.chunk, hidden)
+    rows = call.q.new_empty(call.programs, call.chunk, call.value_dim, dtype=torch.float32)
+    pairs = call.q.new_empty(call.programs, call.chunk, call.chunk)
     none = [None, None]
     _forward_kernel[(call.programs,)](
         call.q, call.k, call.v, call.lr, mask, scalars, *call.weights, *(call.state_momentum or none), *(call.state_start or none),
-        y, *(final or none * 3), boundaries, None if boundaries is None else call.slot_starts(), states, scratch,
+        y, *(final or none * 3), boundaries, None if boundaries is None else call.slot_starts(), states, scratch, rows, pairs,
         call.position, call.cu_seqlens, call.length, call.heads, call.sequences * call.heads, call.every, call.max_grad_norm or 1.0,
         HAS_FINAL=final is not None, KEEP=boundaries is not None, **_options(call, FORWARD),
     )  # fmt: skip
@@ -816,7 +857,7 @@ def mlp_backward(
     states = new(programs, (2 * (call.every + 1) + 2) * sum(sizes), dtype=torch.float32)
     scratch = new(programs, 7, call.chunk, hidden)
     rows = new(programs, call.chunk, call.dim + 2 * call.value_dim, dtype=torch.float32)
-    pairs = new(programs, call.chunk, call.chunk)
+    pairs = new(programs, 2, call.chunk, call.chunk)
     none = [None, None]
     given = (*call.weights, *(call.state_momentum or none), *(call.state_start or none))
     if call.position is None:
