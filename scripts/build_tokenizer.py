@@ -45,7 +45,7 @@ def corpus() -> Iterator[str]:
         yield f" {word}\n" * SURE
     for word in NOUNS:
         yield f" {word}\n-{word}\n" * SURE
-    for form in FORMATS.values():
+    for form in (FORMATS[f"niah_single_{number}"] for number in (1, 2, 3)):  # the templates that training documents have
         for template in (HEADER, NEEDLE, QUESTION, PREFIX):
             yield (template.format(plural=form.values, singular=form.values[:-1], key="", value="") + "\n") * SURE
 

@@ -48,10 +48,9 @@ def vt_prompt(context: str, query: str, count: int) -> tuple[str, str]:
 
 
 def vt_example(context: str, query: str, variables: Sequence[str]) -> str:
-    """The worked example that stands before the task; line breaks of the template and its last word are lost, as in RULER's code."""
-    template = " ".join(VT_TEMPLATE.split()[:-1])
-    text = template.format(context=context, query=query)
-    return f"{text} {VT_PREFIX.format(query=query, count=len(variables))}  {' '.join(variables)}\n\n"
+    """The worked example that stands before the task: another one with its answer."""
+    text, prefix = vt_prompt(context, query, len(variables))
+    return f"{text} {prefix}  {' '.join(variables)}\n\n"
 
 
 def vt_context(noises: int, chains: Sequence[Sequence[str]], places: Sequence[Sequence[int]]) -> str:
@@ -186,7 +185,7 @@ def make_cwe(
         listed = common * repeats + drawn[common_words : common_words + units] * rare_repeats
         return cwe_prompt([listed[i] for i in np.random.default_rng(seed).permutation(len(listed))], common_words)
 
-    return _sized("cwe", build, tokenizer, length, answer_tokens, common, most=len(drawn) - common_words)
+    return _sized("cwe", build, tokenizer, length, answer_tokens, common, len(drawn) - common_words, "\n\n")
 
 
 def fwe_prompt(words: Sequence[str]) -> tuple[str, str]:
@@ -250,11 +249,12 @@ def _sized(
     reserve: int,
     outputs: Sequence[str],
     most: int | None = None,
+    delimiter: str = " ",
 ) -> dict:
     """The longest sample of `build`, which takes the number of units and gives input and prefix, that leaves `reserve` tokens free."""
 
     def measure(units: int) -> int:
-        return len(tokenizer(" ".join(build(units))).input_ids)
+        return len(tokenizer(delimiter.join(build(units))).input_ids)
 
     units = _fit(measure, length - reserve, most)
     if not units:
