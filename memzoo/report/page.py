@@ -40,6 +40,8 @@ SUITES = {
     ),
 }
 
+WORTH = 0.1  # a suite where no model scores more says nothing about costs, so its cost plots stay in its own section
+
 
 def write_report(
     results: Results, out: str | Path, *, title: str = "memzoo report", progress: Callable[[str], None] | None = None
@@ -60,8 +62,9 @@ def write_report(
     for suite, tasks in results.suites.items():
         say(suite)
         drawn[suite] = plots.suite_plots(suite, tasks, results)
-        together = drawn[suite].pop("heat files")
-        for plot in [*(p for group in drawn[suite].values() for p in group), *(p for p in together if p.wide)]:
+        together = drawn[suite].pop("together")
+        kept = [plot for part, group in drawn[suite].items() for plot in group if part != "heat" or not together]
+        for plot in [*kept, *together]:
             files += plot.save(folder)
     flows = []
     for number, flow in enumerate(results.gradient_flow, 1):
@@ -88,8 +91,9 @@ def _page(results: Results, drawn: dict, flows: list, title: str) -> str:
     sections = []
     if results.models:
         sections.append(("models", "Models", _models(results)))
-    if any(parts["trade-off"] for parts in drawn.values()):
-        sections.append(("cost", "Score against cost", _costs(drawn)))
+    ahead = [plot for parts in drawn.values() for plot in parts["cost"] if plot.best >= WORTH]
+    if ahead:
+        sections.append(("cost", "Score against cost", _costs(ahead)))
     for suite, tasks in results.suites.items():
         beside = [table for table in theirs["tables"] if suite in table["suites"]]
         used += beside
@@ -132,6 +136,7 @@ def _summary(results: Results) -> str:
         return "How far the gradient of a loss reaches back through each memory."
     documents = sum(cell.get("count") or 0 for cell in results.cells)
     dates = sorted({str(cell["date"])[:10] for cell in results.cells if cell.get("date")})
+    dates = [date.replace("-", "\u2011") for date in dates]  # hyphens that do not break
     when = "" if not dates else f", {dates[0]}" if len(dates) == 1 else f", {dates[0]} to {dates[-1]}"
     return (
         f"{_count(len(results.models), 'model')} on {_count(len(results.tasks), 'task')} of {_count(len(results.suites), 'suite')}: "
@@ -190,12 +195,12 @@ def _range(cells: Sequence[dict], field: str, shown: Callable[[float], str]) -> 
     return low if low == high else f"{low} to {high}"
 
 
-def _costs(drawn: dict) -> str:
+def _costs(ahead: Sequence[plots.Plot]) -> str:
     text = (
         "<p>Each path is one model from its shortest input to its longest, the larger the mark the longer. Up is better, left is cheaper: "
         "a memory of fixed size goes straight down when it forgets, attention pays to the right.</p>"
     )
-    return text + _figures(plot for parts in drawn.values() for plot in parts["trade-off"])
+    return text + _figures(ahead)
 
 
 def _suite(suite: str, tasks: Sequence[Task], parts: dict, models: Sequence[Model]) -> str:
@@ -209,6 +214,8 @@ def _suite(suite: str, tasks: Sequence[Task], parts: dict, models: Sequence[Mode
         out += "<h3>By depth and length</h3>" + _figures(parts["heat"])
     if parts["length"]:
         out += "<h3>By length</h3>" + _figures(parts["length"])
+    if behind := [plot for plot in parts["cost"] if plot.best < WORTH]:
+        out += "<h3>Against cost</h3>" + _figures(behind)
     if parts["position"]:
         out += "<h3>By position</h3>" + _figures(parts["position"])
     return out + "<h3>Scores</h3>" + _scores(tasks, models)
@@ -218,11 +225,11 @@ def _scores(tasks: Sequence[Task], models: Sequence[Model]) -> str:
     """One table a suite: a group of rows a task, a row a model, a column a length; the mean over tasks first where there are several."""
     lengths = sorted({n for task in tasks for n in task.lengths})
     groups = []
-    shares = [task for task in tasks if task.share]
-    if len(shares) > 1:
-        found = plots.curves(shares, models)  # without the documents as they come, which differ from task to task
+    shared, found = plots.averages([task for task in tasks if task.share], models)
+    if len(shared) > 1:
         scores = {(i, p.length): (p.value, p.span) for i, points in found.items() for p in points}
-        groups += [(f"mean of {len(shares)} tasks", shares[0].metric, "", scores, True)] if scores else []
+        which = "" if len(shared) == len(tasks) else f": {', '.join(task.title for task in shared)}"
+        groups.append((f"mean of {len(shared)} tasks", f"{shared[0].metric}{which}", "", scores, True))
     for task in tasks:
         scores = {place: (cell["value"], interval(cell)) for place, cell in task.cells.items()}
         counts = sorted({cell["count"] for cell in task.cells.values() if cell.get("count")})

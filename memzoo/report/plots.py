@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .numbers import Interval, mean, score, short_bytes, short_count, short_length
+from .numbers import Interval, interval, mean, score, short_bytes, short_count, short_length
 from .store import Model, Results, Task
 from .style import GRID, HEAT, INK, MUTED, THEME, colour, dashes, ink_on, marker, plot_style
 
@@ -19,13 +19,13 @@ WIDTH, HEIGHT = 4.7, 3.3  # inches: text of 9 points stays readable when a phone
 
 @dataclass
 class Plot:
-    """One figure. `name` is its file's, `title` a headline, `text` what it shows, in words; `wide` asks for a row of its own."""
+    """One figure. `name` is its file's, `title` a headline, `text` what it shows, in words; `best` the highest score in it."""
 
     name: str
     title: str
     text: str
     figure: Any = field(repr=False)
-    wide: bool = False
+    best: float | None = None
 
     def svg(self) -> str:
         """The figure as an SVG file's text, in the light theme."""
@@ -82,17 +82,35 @@ class Point:
     cell: dict = field(repr=False)  # one of the cells behind the value: cost is the same in all of them
 
 
-def curves(tasks: Sequence[Task], models: Sequence[Model]) -> dict[int, list[Point]]:
-    """Points by length for every model index: the mean over those of `tasks` that all the models of that length have."""
-    found: dict[int, list[Point]] = {}
+def averages(tasks: Sequence[Task], models: Sequence[Model]) -> tuple[list[Task], dict[int, list[Point]]]:
+    """(tasks, points by length for every model index): means over one set of tasks, the same for all models and lengths.
+
+    It is the largest set that every model has that was run at some length at all; lengths at which one of them is missing are left out,
+    since a mean over other tasks says nothing beside it.
+    """
+    shared: dict[int, list[Task]] = {}
+    present: dict[int, list[Model]] = {}
     for length in sorted({n for task in tasks for n in task.lengths if n > 0}):
-        present = [m for m in models if any((m.index, length) in task.cells for task in tasks)]
-        shared = [task for task in tasks if all((m.index, length) in task.cells for m in present)]
-        for model in present if shared else ():
-            cells = [task.cells[model.index, length] for task in shared]
-            value, span = mean(cells)
-            found.setdefault(model.index, []).append(Point(length, value, span, cells[0]))
-    return found
+        present[length] = [m for m in models if any((m.index, length) in task.cells for task in tasks)]
+        shared[length] = [task for task in tasks if all((m.index, length) in task.cells for m in present[length])]
+    chosen = max(shared.values(), key=len, default=[])
+    found: dict[int, list[Point]] = {}
+    for length, held in shared.items():
+        if chosen and all(any(task is other for other in held) for task in chosen):
+            for model in present[length]:
+                cells = [task.cells[model.index, length] for task in chosen]
+                value, span = mean(cells)
+                found.setdefault(model.index, []).append(Point(length, value, span, cells[0]))
+    return chosen, found
+
+
+def single(task: Task, models: Sequence[Model]) -> dict[int, list[Point]]:
+    """One task's points by length for every model index."""
+    return {
+        m.index: points
+        for m in models
+        if (points := [Point(n, c["value"], interval(c), c) for n, c in task.of(m).items() if n > 0])
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------------ figures
@@ -210,7 +228,8 @@ def _place(figure, right: float = 0.735, left: float = 0.135, top: float = 0.85,
 
 
 def _title(figure, text: str, left: float = 0.02) -> None:
-    figure.text(left, 0.985, text, ha="left", va="top", fontsize=10.5, fontweight="bold", color=INK)
+    size = min(10.5, figure.get_size_inches()[0] * 72 * (0.99 - left) / (0.695 * len(text)))  # DejaVu Sans Bold's mean width
+    figure.text(left, 0.985, text, ha="left", va="top", fontsize=size, fontweight="bold", color=INK)
 
 
 def _share_axis(axes, metric: str) -> None:
@@ -251,11 +270,12 @@ def against_length(name: str, title: str, found: dict[int, list[Point]], models:
             axes.set_ylabel(metric.replace("_", " "))
             axes.grid(axis="y")
         ends = []
-        for model in drawn:
+        for number, model in enumerate(drawn):
             points = found[model.index]
             ys = [p.value for p in points]
-            _draw_curve(axes, [p.length for p in points], ys, [p.span for p in points], model.index)
-            ends.append((points[-1].length, ys[-1], model.label, model.index))
+            aside = 2 ** (0.05 * (number - (len(drawn) - 1) / 2)) if len(drawn) <= 6 else 1.0  # so that equal scores all show
+            _draw_curve(axes, [p.length * aside for p in points], ys, [p.span for p in points], model.index)
+            ends.append((points[-1].length * aside, ys[-1], model.label, model.index))
         chances = {p.length: p.cell["chance"] for points in found.values() for p in points if p.cell.get("chance")}
         if chances and share and "mean of" not in title:
             lengths = sorted(chances)
@@ -324,17 +344,27 @@ def against_cost(
         for m in models
         if m.index in paths
     )
+    best = max(p.value for points in paths.values() for p in points)
     what = "the bytes of state of one sequence" if state else "FLOPs per token"
-    return Plot(name, title, f"{metric.replace('_', ' ')} against {what}; larger marks are longer inputs. {said}.", figure)
+    return Plot(name, title, f"{metric.replace('_', ' ')} against {what}; larger marks are longer inputs. {said}.", figure, best)
 
 
 def _cost_ticks(axes, shown, base: int) -> None:
-    """Ticks at round multiples of `base`, three to six of them."""
+    """Round ticks, two to five of them where the axis holds that many."""
     low, high = axes.get_xlim()
-    candidates = [m * base**e for e in range(7) for m in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)]
-    if base == 1000:
-        candidates = [m * 10**e for e in range(20) for m in (1, 2, 5)]
-    inside = [c for c in candidates if low <= c <= high]
+    if base == 1024:
+        scales = [
+            [2.0**e for e in range(0, 60, 2)],
+            [2.0**e for e in range(60)],
+            [m * 2.0**e / 4 for e in range(60) for m in (4, 5, 6, 7)],
+        ]
+    else:
+        scales = [[m * 10.0**e for e in range(18) for m in ms] for ms in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), range(10, 100, 5))]
+    inside: list[float] = []
+    for scale in scales:
+        inside = [c for c in scale if low <= c <= high]
+        if len(inside) >= 3:
+            break
     step = max(1, math.ceil(len(inside) / 5))
     axes.set_xticks(inside[::step], [shown(c) for c in inside[::step]])
     axes.set_xticks([], minor=True)
@@ -426,7 +456,7 @@ def heat_map(task: Task, models: Sequence[Model], name: str, title: str) -> Plot
     )
     order = ", ".join(f"{d:.0%}" for d in depths)
     text = f"{task.metric} by length and depth of the needle (depths {order}). {said}."
-    return Plot(name, title, text, figure, wide=not single)
+    return Plot(name, title, text, figure)
 
 
 def _heat_panel(axes, model: Model, cells: dict, lengths: list[int], depths: list[float], task: Task, together: bool) -> None:
@@ -544,31 +574,31 @@ def _powers(low: float, high: float) -> list[int]:
 
 
 def suite_plots(suite: str, tasks: Sequence[Task], results: Results) -> dict[str, list[Plot]]:
-    """Everything drawn of one suite: "trade-off", "length", "position" and "heat" (with "heat files", the panels of a task in one)."""
-    models, found = results.models, {"trade-off": [], "length": [], "position": [], "heat": [], "heat files": []}
-    shares = [task for task in tasks if task.share]
-    averaged = curves(shares, models)
-    if averaged:
-        several = f", mean of {len(shares)} tasks" if len(shares) > 1 else ""
-        if several:
-            title = f"{suite}: {shares[0].metric} by length{several}"
-            found["length"].append(against_length(slug("length", suite, "mean"), title, averaged, models, shares[0].metric, True))
+    """Everything drawn of one suite: "cost", "length", "position" and "heat", and in "together" the heat maps of a task's models in one."""
+    models, found = results.models, {"cost": [], "length": [], "position": [], "heat": [], "together": []}
+    chosen, points = averages([task for task in tasks if task.share], models)
+    if chosen:
+        metric = chosen[0].metric.replace("_", " ")
+        what = f"{suite}, mean of {len(chosen)} tasks" if len(chosen) > 1 else chosen[0].title
+        if len(chosen) > 1:
+            found["length"].append(against_length(slug("length", suite, "mean"), f"{what}: {metric}", points, models, metric, True))
         for cost, called in (("state_bytes", "state"), ("flops_per_token", "FLOPs per token")):
-            title = f"{suite}: {shares[0].metric} against {called}"
-            plot = against_cost(slug(cost, suite), title, averaged, models, shares[0].metric, cost)
-            found["trade-off"] += [plot] if plot else []
+            plot = against_cost(slug(cost, suite), f"{what}: {metric} against {called}", points, models, metric, cost)
+            found["cost"] += [plot] if plot else []
     for task in tasks:
         positions = [plot for unit in ("bits_per_byte", "loss") if (plot := by_position(task, models, unit))][:1]
         found["position"] += positions
-        points = curves([task], models)
+        points = single(task, models)
         if points and not positions:
             title = f"{task.title}: {task.metric.replace('_', ' ')} by length"
             name = slug("length", *dict.fromkeys((suite, task.title)))
             found["length"].append(against_length(name, title, points, models, task.metric, task.share))
         name = slug("heatmap", task.title)
+        panels = []
         for model in models:
             plot = heat_map(task, [model], f"{name}-{slug(model.label)}", f"{task.title}: {model.label}")
-            found["heat"] += [plot] if plot else []
-        together = heat_map(task, models, name, f"{task.title}: {task.metric} by depth and length")
-        found["heat files"] += [together] if together else []
+            panels += [plot] if plot else []
+        found["heat"] += panels
+        if len(panels) > 1:
+            found["together"].append(heat_map(task, models, name, f"{task.title}: {task.metric} by depth and length"))
     return found

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Suites as the report shows them, others after these.
+ORDER = ("niah", "mqar", "ppl_by_length", "babi_long", "vt", "cwe", "fwe", "selective_copy", "copy", "denoise", "transfer")
 SHARES = {"accuracy", "acc", "acc_norm", "exact_match", "f1", "score", "contains"}
 RESULTS = "results.jsonl"
 GRADIENT_FLOW = "gradient_flow.json"
@@ -217,7 +219,9 @@ def _tasks(cells: list[dict], models: list[Model]) -> tuple[list[Task], int]:
             task.cells[place] = cell
     for task in tasks.values():
         task.several = sum(t.name == task.name and t.suite == task.suite for t in tasks.values()) > 1
-    return sorted(tasks.values(), key=lambda t: (t.suite, t.name, t.title)), superseded
+    order = {suite: number for number, suite in enumerate(ORDER)}
+    ordered = sorted(tasks.values(), key=lambda t: (order.get(t.suite, len(order)), t.suite))  # within a suite as they were run
+    return ordered, superseded
 
 
 def _weight(cell: dict) -> tuple:
