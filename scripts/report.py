@@ -23,6 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         results = read_results(options.results)
         files = write_report(results, options.out, title=options.title, progress=lambda part: print(f"drawing {part}", flush=True))
+    except ModuleNotFoundError as error:
+        print(f"report: {error}; pip install 'memzoo[eval]' brings what drawing needs", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1

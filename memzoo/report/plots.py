@@ -136,7 +136,7 @@ def _wrapped(label: str, width: int = 16) -> str:
     return "\n".join(lines if len(lines) <= 3 else [*lines[:2], lines[2] + "…"])
 
 
-def _label_ends(axes, ends: Sequence[tuple[float, float, str, int]]) -> None:
+def _label_ends(axes, ends: Sequence[tuple[float, float, str, int | None]]) -> None:
     """Names at the right, each level with its curve's end if others leave it room; a thin line leads there if the end is elsewhere."""
     if not ends:
         return
@@ -150,7 +150,7 @@ def _label_ends(axes, ends: Sequence[tuple[float, float, str, int]]) -> None:
     tall = [1.25 * size * (text.count("\n") + 1) / points for text in texts]
     inverse = axes.transAxes.inverted()
     at = [inverse.transform(axes.transData.transform((x, y))) for x, y, _, _ in ends]
-    order = sorted(range(len(ends)), key=lambda i: (at[i][1], ends[i][3]))
+    order = sorted(range(len(ends)), key=lambda i: at[i][1])
     places = _spread([at[i][1] for i in order], [tall[i] for i in order])
     leader = {"arrowstyle": "-", "lw": 0.7, "alpha": 0.55, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
     for place, i in zip(places, order):
@@ -538,7 +538,7 @@ def gradient_flow(flow: dict, results_models: Sequence[Model], when: str) -> Plo
             else:
                 style = {"color": colour(indices[c["name"]]), "linestyle": dashes(indices[c["name"]])}
             axes.plot(xs, ys, zorder=2 if anchor else 3, **style)
-            ends.append((xs[-1], max(ys[-1], floor), c["name"], 7 if anchor else indices[c["name"]]))
+            ends.append((xs[-1], max(ys[-1], floor), c["name"], None if anchor else indices[c["name"]]))
         for c in before:
             thin = {"color": colour(indices[c["name"]]), "linewidth": 0.9, "linestyle": (0, (2, 2)), "alpha": 0.8}
             axes.plot(c["lags"][1:], c["norms"][1:], zorder=2, **thin)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 INK, MUTED, GRID, PAPER = "#1c2530", "#5a6774", "#dfe4e9", "#ffffff"
 ON_DARK, ON_LIGHT = "#fffffe", "#000001"  # text in coloured cells: the same in both themes, so no theme colour
 # Dark enough for text on white (4.5 : 1), and apart from each other with any kind of colour vision, the first five above all.
-SERIES = ("#1260b3", "#93380a", "#07836c", "#c72f9c", "#80740d", "#33107a", "#c3304f", "#4d5a66")
+SERIES = ("#1260b3", "#93380a", "#07836c", "#c72f9c", "#80740d", "#33107a", "#c3304f", "#4f7d00")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
 DASHES = ("solid", (0, (5, 2)), (0, (1, 1.6)))  # for the 9th model and on
 
@@ -18,7 +18,7 @@ THEME = (
     ("grid", GRID, "#333d47"),
     ("paper", PAPER, "#14191f"),
     *((f"series{i}", light, dark) for i, (light, dark) in enumerate(zip(
-        SERIES, ("#3f9bfa", "#f28c3c", "#8fdcc2", "#ee5cb5", "#e8d98a", "#a195e5", "#fc5a74", "#b4c0cb")
+        SERIES, ("#3f9bfa", "#f28c3c", "#8fdcc2", "#ee5cb5", "#e8d98a", "#a195e5", "#fc5a74", "#b7e05a")
     ))),
 )  # fmt: skip
 
@@ -28,8 +28,9 @@ HEAT = ("#fff3dc", "#fbd79a", "#c3c9a0", "#5fa5a8", "#216f95", "#0f3a63")
 FONTS = ["DejaVu Sans"]  # what the layout is measured with; wide, so other fonts fit too
 
 
-def colour(index: int) -> str:
-    return SERIES[index % len(SERIES)]
+def colour(index: int | None) -> str:
+    """A model's colour; grey for None, which is no model of the store but something to compare with."""
+    return MUTED if index is None else SERIES[index % len(SERIES)]
 
 
 def marker(index: int) -> str:

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from unittest.mock import patch
@@ -258,6 +260,18 @@ def test_a_store_without_results_is_one_clear_line_and_leaves_the_page_alone(cas
     code, printed, error = run(capsys, folder, "--out", out)
     assert code == 1 and expected in error and error.startswith("report: ") and error.count("\n") == 1
     assert out.read_text() == "the last report" and printed == ""
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, capsys, monkeypatch):
+    made_up.write(tmp_path, made_up.cells()[:1], gradients=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, error = run(capsys, tmp_path, "--out", tmp_path / "page.html")
+    assert code == 1 and "pip install 'memzoo[eval]'" in error and error.count("\n") == 1
+
+
+def test_reading_and_drawing_need_no_torch():
+    code = "import sys, memzoo.report, memzoo.report.plots; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out_and_named(tmp_path, capsys):
