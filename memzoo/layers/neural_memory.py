@@ -78,7 +78,7 @@ class NeuralMemory(nn.Module):
         conv_width: int = 4,
         momentum: bool = True,
         decay: bool = True,
-        lr_max: float = 0.1,
+        lr_max: float = 1.0,
         lr_start: float = 0.5,
         momentum_start: float = 0.5,
         decay_start: float = 0.01,
@@ -224,9 +224,15 @@ class NeuralMemory(nn.Module):
         }
 
     def init_weights(self, init: Any) -> None:
-        """M_0 with standard deviation 1 / sqrt(fan in), persistent vectors like normalised tokens (the paper gives neither)."""
-        for weight in self.memory:
-            init.normal_(weight, 0.0, weight.shape[1] ** -0.5)
+        """M_0 nearly empty, persistent vectors like normalised tokens (the paper gives neither).
+
+        The first layer of an MLP gives a key of norm 1 pre-activations of variance 1/4, where GELU bends; the last layer is small, so that
+        what is read is what was written. Random keys and values written once are then read back far better than from fan-in scaling.
+        """
+        last = len(self.memory) - 1
+        for i, weight in enumerate(self.memory):
+            fan_in = weight.shape[1] ** -0.5
+            init.normal_(weight, 0.0, 0.1 * fan_in if i == last else 0.5 if i == 0 else fan_in)
         if self.persistent is not None:
             init.normal_(self.persistent, 0.0, 1.0)
 

@@ -47,7 +47,7 @@ class TitansConfig(MemzooConfig):
     inner_loss: str = "l2"
     momentum: bool = True
     decay: bool = True
-    lr_max: float = 0.1
+    lr_max: float = 1.0
     lr_start: float = 0.5
     momentum_start: float = 0.5
     decay_start: float = 0.01
