@@ -85,7 +85,7 @@ def device_name(network) -> str:
     import torch
 
     if network is not None and network.device.type == "cuda":
-        return torch.cuda.getdevice_name(network.device)
+        return torch.cuda.get_device_name(network.device)
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
