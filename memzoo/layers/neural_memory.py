@@ -125,11 +125,11 @@ class NeuralMemory(nn.Module):
     def _write_persistent(self, state: LayerState, count: int) -> None:
         """Make `state` what it is after the persistent vectors: the same for each of `count` sequences."""
         written, x = LayerState(), torch.stack([self.persistent])
-        self._write_and_read(x, dense_layout(x), written)
+        self._write_and_read(x, dense_layout(x), written, watching=False)
         for name, value in written.fixed.items():
             state.set(name, value.expand(count, *value.shape[1:]))
 
-    def _write_and_read(self, x: Tensor, layout: TokenLayout, state: LayerState | None) -> Tensor:
+    def _write_and_read(self, x: Tensor, layout: TokenLayout, state: LayerState | None, watching: bool = True) -> Tensor:
         q = self.queries(x, layout, state)
         k = F.normalize(wide(self._project("k", self.k_proj(x), layout, state)), dim=-1).to(x.dtype)
         v = self._project("v", self.v_proj(x), layout, state)
@@ -137,7 +137,7 @@ class NeuralMemory(nn.Module):
         momentum = None if self.momentum_proj is None else wide(self.momentum_proj(x)).sigmoid()
         decay = None if self.decay_proj is None else wide(self.decay_proj(x)).sigmoid()
         held = None if state is None else self.held(state)
-        if self.watching:
+        if self.watching and watching:
             self._observe(k, v, lr, momentum, decay, held, layout)
         y, last = self._operator(q, k, v, lr, momentum, decay, held, state is not None, layout.cu_seqlens)
         if state is not None:
@@ -196,13 +196,13 @@ class NeuralMemory(nn.Module):
 
     @torch.no_grad()
     def _observe(self, k, v, lr, momentum, decay, held, layout) -> None:
-        """Fill `observed` for these tokens: what `watch` describes."""
+        """Add these tokens to `observed`: what `watch` describes."""
         if layout.cu_seqlens is not None:
             raise ValueError("NeuralMemory: watching needs a dense batch without padding or packing; pass one text at a time")
         momentum = torch.zeros_like(lr) if momentum is None else momentum
         decay = torch.zeros_like(lr) if decay is None else decay
         weights = tuple(w.expand(k.shape[0], *w.shape) for w in self.memory) if held is None else held.weights
-        surprise, norms = [], []
+        surprise, norms, ends = [], [], []
         for start in range(0, k.shape[1], self.chunk_size):
             piece = [t[:, start : start + self.chunk_size] for t in (k, v, lr, momentum, decay)]
             # The read of a token sees its own write: with the next token's key as query, it is the read before the next token's write.
@@ -213,15 +213,21 @@ class NeuralMemory(nn.Module):
             surprise.append(-(read * value).sum(-1) if self.loss == "dot" else 0.5 * (read - value).square().sum(-1))
             weights = held.weights
             norms.append([sum(w.square().sum((-2, -1)) for w in part).sqrt() for part in (held.weights, held.momentum)])
+            ends.append(start + piece[0].shape[1])
         weight_norm, momentum_norm = (torch.stack(part, 1) for part in zip(*norms))
-        self.observed = {
+        new = {
             "surprise": torch.cat(surprise, 1),
             "lr": lr.detach(),
             "momentum": momentum.detach(),
             "decay": decay.detach(),
             "weight_norm": weight_norm,
             "momentum_norm": momentum_norm,
+            "tokens": torch.tensor([ends]),
         }
+        if self.observed is not None:  # a memory as context is called once a segment
+            new["tokens"] = new["tokens"] + self.observed["lr"].shape[1]
+            new = {name: torch.cat((seen, new[name]), 1) for name, seen in self.observed.items()}
+        self.observed = new
 
     def init_weights(self, init: Any) -> None:
         """M_0 nearly empty, persistent vectors like normalised tokens (the paper gives neither).
@@ -269,10 +275,11 @@ def dense_layout(x: Tensor) -> TokenLayout:
 
 @contextmanager
 def watch(model: nn.Module) -> Iterator[dict[str, NeuralMemory]]:
-    """Within the block every NeuralMemory of `model` keeps what its last forward pass did, in `observed`; yields them by name.
+    """Within the block every NeuralMemory of `model` keeps what the model's last forward pass did, in `observed`; yields them by name.
 
     surprise [B, T, H]: the inner loss of each token before its own write. lr, momentum, decay [B, T, H]: the gates. weight_norm and
-    momentum_norm [B, ceil(T / chunk_size), H]: Frobenius norms after each `chunk_size` tokens of the call. It costs a second pass.
+    momentum_norm [B, P, H]: Frobenius norms after `tokens` [1, P] of the pass, every `chunk_size` of them and at the end (of each segment,
+    for memory as context, which writes what attention made of the tokens). It costs a second pass.
 
     Raises:
         ValueError: the model has no NeuralMemory.
@@ -280,10 +287,18 @@ def watch(model: nn.Module) -> Iterator[dict[str, NeuralMemory]]:
     memories = {name: module for name, module in model.named_modules() if isinstance(module, NeuralMemory)}
     if not memories:
         raise ValueError(f"{type(model).__name__} has no neural memory to watch")
+
+    def forget(*_: Any) -> None:
+        for memory in memories.values():
+            memory.observed = None
+
+    forget()
     for memory in memories.values():
-        memory.watching, memory.observed = True, None
+        memory.watching = True
+    before_each_pass = model.register_forward_pre_hook(forget)
     try:
         yield memories
     finally:
+        before_each_pass.remove()
         for memory in memories.values():
             memory.watching = False

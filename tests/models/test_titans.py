@@ -536,8 +536,28 @@ def test_watching_shows_the_loss_before_the_write_gates_and_norms(changes):
         assert_close(observed["lr"][0, t], config.lr_max * memory.gate("lr", x), 1e-9)
         norms.append([sum(w.square().sum((1, 2)) for w in part).sqrt() for part in (memory.M, memory.S)])
     ends = [min(13, end) for end in range(config.chunk_size - 1, 14 + config.chunk_size - 1, config.chunk_size)]
+    assert (observed["tokens"][0] - 1).tolist() == ends
     for part, name in enumerate(("weight_norm", "momentum_norm")):
         assert_close(observed[name][0], torch.stack([norms[end][part] for end in ends]), 1e-9, name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_watching_shows_every_token_of_the_last_pass(variant):
+    """Over segments and persistent vectors; a second pass takes the first one's place, and so does each step of decoding."""
+    model, ids = titans(variant, num_persistent_tokens=3), tokens(3 * SEGMENT - 1, batch=2)
+    with watch(model) as memories:
+        model(ids)
+        first = {name: memory.observed for name, memory in memories.items()}
+        assert len(first) == 2
+        assert {t.shape for seen in first.values() for name, t in seen.items() if name in ("surprise", "lr")} == {(2, 17, 2)}
+        for seen in first.values():
+            assert seen["tokens"][0, -1] == 17 and seen["weight_norm"].shape == (2, seen["tokens"].shape[1], 2)
+        cache = model(ids[:, :SEGMENT], use_cache=True).past_key_values
+        for t in range(SEGMENT, ids.shape[1]):
+            model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            for name, memory in memories.items():
+                assert_close(memory.observed["surprise"], first[name]["surprise"][:, t : t + 1], 1e-9)
 
 
 def test_watching_needs_a_memory_and_one_text():
