@@ -58,22 +58,35 @@ def write_report(
     folder = out.with_name(f"{out.stem}-plots")
     say = progress or (lambda part: None)
     files: list[Path] = []
+    taken: set[str] = set()
+
+    def keep(plot: plots.Plot, on_disk: bool = True) -> None:
+        """Give the plot a name that no other has, its file's and its elements' on the page."""
+        name, number = plot.name or "plot", 2
+        plot.name = name
+        while plot.name in taken:
+            plot.name, number = f"{name}-{number}", number + 1
+        taken.add(plot.name)
+        if on_disk:
+            files.extend(plot.save(folder))
+
     drawn = {}
     for suite, tasks in results.suites.items():
         say(suite)
         drawn[suite] = plots.suite_plots(suite, tasks, results)
         together = drawn[suite].pop("together")
-        kept = [plot for part, group in drawn[suite].items() for plot in group if part != "heat" or not together]
-        for plot in [*kept, *together]:
-            files += plot.save(folder)
+        for part, group in drawn[suite].items():
+            for plot in group:
+                keep(plot, on_disk=part != "heat" or not together)
+        for plot in together:
+            keep(plot)
     flows = []
-    for number, flow in enumerate(results.gradient_flow, 1):
+    for flow in results.gradient_flow:
         say("gradient flow")
         for when in dict.fromkeys(curve["when"] for curve in flow["curves"]):
             plot = plots.gradient_flow(flow, results.models, when)
-            plot.name += f"-{number}" if len(results.gradient_flow) > 1 else ""
             flows.append((flow, plot))
-            files += plot.save(folder)
+            keep(plot)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".part")
     temporary.write_text(_page(results, drawn, flows, title), encoding="utf-8")
@@ -94,11 +107,11 @@ def _page(results: Results, drawn: dict, flows: list, title: str) -> str:
     ahead = [plot for parts in drawn.values() for plot in parts["cost"] if plot.best >= WORTH]
     if ahead:
         sections.append(("cost", "Score against cost", _costs(ahead)))
-    for suite, tasks in results.suites.items():
+    for number, (suite, tasks) in enumerate(results.suites.items()):
         beside = [table for table in theirs["tables"] if suite in table["suites"]]
         used += beside
         body = _suite(suite, tasks, drawn[suite], results.models) + "".join(_their_table(t, theirs["papers"]) for t in beside)
-        sections.append((f"suite-{plots.slug(suite)}", SUITES.get(suite, (suite, ""))[0], body))
+        sections.append((f"suite-{plots.slug(suite) if suite in SUITES else number}", SUITES.get(suite, (suite, ""))[0], body))
     if flows:
         sections.append(("gradient-flow", "Gradient flow", _flows(flows)))
     others = [table for table in theirs["tables"] if table not in used]

@@ -164,7 +164,6 @@ def _label_ends(axes, ends: Sequence[tuple[float, float, str, int | None]]) -> N
 
 def _spread(wanted: Sequence[float], tall: Sequence[float]) -> list[float]:
     """Centres for stacked labels in order, as near as can be to those wanted, none overlapping, all within 0 to 1 where they fit."""
-    low = high = 0.0
     blocks: list[tuple[list[float], list[float]]] = []  # (wanted, tall) of labels that touch
 
     def centre(block):
@@ -293,9 +292,9 @@ def against_length(name: str, title: str, found: dict[int, list[Point]], models:
 
 
 def against_cost(
-    name: str, title: str, found: dict[int, list[Point]], models: Sequence[Model], metric: str, cost: str, share: bool = True
+    name: str, title: str, found: dict[int, list[Point]], models: Sequence[Model], metric: str, cost: str
 ) -> Plot | None:
-    """Score against what it costs (`cost` is "state_bytes" or "flops_per_token"), a path a model from its shortest to its longest
+    """A share against what it costs (`cost` is "state_bytes" or "flops_per_token"), a path a model from its shortest to its longest
     input; None if no model has a cost."""
     paths = {}
     for index, points in found.items():
@@ -316,12 +315,8 @@ def against_cost(
         axes.set_xlim(min(costs) / room, max(costs) * room)
         _cost_ticks(axes, shown, 1024 if state else 1000)
         axes.set_xlabel("state of one sequence (bytes, log scale)" if state else "FLOPs per token (log scale)")
-        if share:
-            _share_axis(axes, metric)
-            axes.set_ylim(-0.03, 1.12)  # room for a name above a mark at 1
-        else:
-            axes.set_ylabel(metric.replace("_", " "))
-            axes.grid(axis="y")
+        _share_axis(axes, metric)
+        axes.set_ylim(-0.03, 1.12)  # room for a name above a mark at 1
         axes.grid(axis="x", which="major")
         ends = []
         for model in models:
