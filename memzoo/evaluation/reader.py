@@ -85,6 +85,7 @@ class MemoryLM(HFLM):
             tokenizer.pad_token = tokenizer.eos_token
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.chunk, self.on_read = chunk, on_read
+        self.tokens_read = 0  # by this process since it was made; generated ones are not counted
         if accelerator is not None and accelerator.num_processes > 1:
             self.accelerator, self._device = accelerator, model.device
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
@@ -146,16 +147,11 @@ class MemoryLM(HFLM):
             if take and low < high:
                 take(low, width, output.logits)
             last = output.logits[:, -1]
-            self._advance(int(piece.sum()))
+            read = sum(min(stop - width + len(list_), stop - start, len(list_)) for list_ in tokens if stop > width - len(list_))
+            self.tokens_read += read
+            if self.on_read:
+                self.on_read(read, self._to_read)
         return last
-
-    def _advance(self, tokens: int) -> None:
-        self._read_tokens += tokens
-        if self.on_read:
-            self.on_read(tokens, self._to_read)
-
-    def _begin(self, tokens: int) -> None:
-        self._read_tokens, self._to_read = 0, max(tokens, 1)
 
     def _groups(self, rows: Sequence[np.ndarray], limits: Sequence[int]) -> list[tuple[int, list[int]]]:
         """(tokens that are read once, rows) so that every row is in one group; a row shares at most its limit."""
@@ -175,7 +171,7 @@ class MemoryLM(HFLM):
     def _batches(self, rows: Sequence[np.ndarray], limits: Sequence[int]) -> Iterator[tuple[_Rows, list[int], int]]:
         """(rows that have read what they share, which rows they are, tokens they have read), the longest first."""
         groups = self._groups(rows, limits)
-        self._begin(sum(shared + sum(len(rows[i]) - shared for i in members) for shared, members in groups))
+        self._to_read = max(sum(shared + sum(len(rows[i]) - shared for i in members) for shared, members in groups), 1)
         alone = sorted((members[0] for shared, members in groups if not shared), key=lambda i: -len(rows[i]))
         for start in range(0, len(alone), self.batch_size):
             batch = alone[start : start + self.batch_size]

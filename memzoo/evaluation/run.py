@@ -207,6 +207,7 @@ def evaluate(
             progress.work(length * limit)
             continue
         lm = subject.load()
+        before = getattr(lm, "tokens_read", 0)
         scored = score_documents(lm, task, asked, _advancer(progress, length * limit))
         if scored is not None:
             settings = {
@@ -230,6 +231,8 @@ def evaluate(
                 "seed": seed,
                 "versions": versions(),
                 "device": device_name(subject.model),
+                "tokens_read": getattr(lm, "tokens_read", before)
+                - before,  # by the first process; what documents share counts once
                 "seconds": round(time.perf_counter() - begun, 3),
                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             }
@@ -300,9 +303,7 @@ def _advancer(progress: Progress, work: int):
     return advance
 
 
-def score_documents(
-    lm, task: SuiteTask, asked: list[dict], seed: int = 0, advance=None, cap: int | None = None
-) -> list[dict] | None:
+def score_documents(lm, task: SuiteTask, asked: list[dict], advance=None, cap: int | None = None) -> list[dict] | None:
     """What is kept of every document: its number, the end of its prompt, answer, target, score and what the score needs; through lm-eval.
 
     None in processes after the first. `cap` is the most tokens to generate, the task's own if None.

@@ -4,71 +4,39 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("lm_eval")
-
-import torch
+from conftest import TOKENIZER, Reader
 from lm_eval import simple_evaluate
-from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from memzoo.data import load_tokenizer
-from memzoo.evaluation import evaluate_niah, heat_map, load_model, parse_length, save_results
+from memzoo.evaluation import SUITES, evaluate_niah, heat_map, load_model, parse_length, save_results
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ROOT / "eval" / "tasks"
-TOKENIZER = load_tokenizer()
 
 
-class Known(LM):
-    """An lm-eval model that reads the haystack and answers with `answer(value, number of the request)`; it keeps what it was asked."""
+class Known(Reader):
+    """A perfect reader whose answer is changed to `answer(answer, number of the request)`; it keeps what it was asked."""
 
-    def __init__(self, answer=lambda value, number: f" {value}."):
+    def __init__(self, change=lambda value, number: f" {value}."):
         super().__init__()
-        self.answer, self.asked = answer, []
+        self.change, self.asked = change, []
 
     def generate_until(self, requests, disable_tqdm=False):
-        answers = []
-        for number, request in enumerate(requests):
-            context, settings = request.args
-            key = re.search(r"for (\S+) mentioned in the provided text is$", context).group(1)
-            value = re.search(rf"for {key} is: (\S+)\.", context).group(1)
-            self.asked.append((context, settings))
-            answers.append(self.answer(value, number))
-        return answers
-
-    def loglikelihood(self, requests, disable_tqdm=False):
-        raise NotImplementedError
-
-    loglikelihood_rolling = loglikelihood
+        self.asked += [request.args for request in requests]
+        return [self.change(self.answer(request.args[0], request.doc), number) for number, request in enumerate(requests)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(folders, tmp_path_factory):
     """A tiny random Llama with memzoo's tokenizer, saved."""
     path = tmp_path_factory.mktemp("models") / "tiny-llama"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZER),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        training_length=256,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    TOKENIZER.save_pretrained(path)
+    shutil.copytree(folders["llama"], path)
     return path
 
 
@@ -81,14 +49,16 @@ def run_tasks(lm, tasks, path=TASKS, **metadata):
 
 GRID = {"max_seq_lengths": [256, 400], "depths": [0, 0.5, 1], "samples": 2}
 NAMES = [f"memzoo_niah_single_{i}" for i in (1, 2, 3)]
+SEVERAL = ("memzoo_niah_multivalue", "memzoo_niah_multiquery")
 
 
 def test_right_answers_score_1():
-    results = run_tasks(Known(), ["memzoo_niah"], **GRID)["results"]
-    assert sorted(results) == NAMES
-    for name in NAMES:
+    results = run_tasks(Known(), ["memzoo_niah"], **{**GRID, "max_seq_lengths": [300, 400]})["results"]
+    assert sorted(results) == sorted(f"memzoo_{task}" for task in SUITES["niah"])
+    for name in results:
         scores = {key.split(",")[0]: value for key, value in results[name].items() if key.endswith(",none") and "stderr" not in key}
-        assert scores == dict.fromkeys(["acc", "length_256", "length_400", "depth_0", "depth_0.5", "depth_1"], 1.0)
+        depths = [] if name in SEVERAL else ["depth_0", "depth_0.5", "depth_1"]
+        assert scores == dict.fromkeys(["acc", "length_300", "length_400", *depths], 1.0)
 
 
 def test_wrong_answers_score_0():
@@ -145,7 +115,7 @@ def test_evaluate_niah_reports_everything(folder):
     assert [(length, row is None) for length, row in seen] == [(192, True), (192, False), (256, True), (256, False)]
     assert result["name"] == "tiny-llama" and result["task"] == "niah_single_2" and result["training_length"] == 256
     assert result["parameters"] == sum(p.numel() for p in load_model(folder).parameters())
-    assert result["config"]["hidden_size"] == 16 and result["dtype"] == "float32"
+    assert result["config"]["hidden_size"] == 32 and result["dtype"] == "float32"
     assert result["settings"] == {"samples": 3, "seed": 0, "batch_size": 4}
     assert {"torch", "transformers", "lm-eval", "python"} <= set(result["versions"])
     assert [row["length"] for row in result["lengths"]] == [192, 256] and all(row["count"] == 6 for row in result["lengths"])
@@ -258,11 +228,12 @@ def script():
 def test_script(script, folder, tmp_path, capsys):
     out = tmp_path / "out"
     grid = ["--lengths", "160,192", "--depths", "0,1", "--samples", "1", "--value-digits", "2", "--device", "cpu"]
-    assert script.main([str(folder), str(folder), "--suite", "niah", *grid, "--out", str(out)]) == 0
+    assert script.main([str(folder), "--suite", "niah_single_2", *grid, "--out", str(out)]) == 0
     table = capsys.readouterr().out
-    assert table.count("tiny-llama") == 2 and "160" in table and "192" in table
-    results = json.loads((out / "results.json").read_text())
-    assert [r["name"] for r in results] == ["tiny-llama"] * 2 and results[0]["settings"]["value_digits"] == 2
+    assert "tiny-llama" in table and "160" in table and "192" in table
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [(r["model"]["name"], r["length"], r["count"]) for r in records] == [("tiny-llama", 160, 2), ("tiny-llama", 192, 2)]
+    assert records[0]["settings"]["difficulty"] == {"value_digits": 2}
     assert (out / "heatmap.png").stat().st_size > 5000
 
 
@@ -277,11 +248,12 @@ def test_script(script, folder, tmp_path, capsys):
         (["{good}", "--lengths", "64"], r"length 64 is too short for the template, needs at least \d+"),
         (["{good}", "--value-digits", "99"], "value_digits is 99, needs 1 to 14"),
         (["{good}", "--dtype", "float99"], "dtype 'float99' is unknown"),
+        (["{good}", "--set", "pairs=4"], "no task of these has a setting 'pairs', they have key_words, value_digits"),
+        (["{good}", "--suite", "mqar", "--set", "words=9999"], "mqar needs 9999 words that are one token each"),
+        (["{good}", "--suite", "ppl_by_length", "--lengths", "1m"], "length 1048576 is more than the held-out prose has"),
     ],
 )
 def test_bad_input_is_one_line(script, folder, tmp_path, capsys, arguments, message):
-    import shutil
-
     places = {
         "missing": tmp_path / "missing",
         "empty": tmp_path / "empty",
@@ -295,7 +267,8 @@ def test_bad_input_is_one_line(script, folder, tmp_path, capsys, arguments, mess
         file.unlink()
     (places["broken"] / "model.safetensors").write_bytes(b"not a checkpoint")
     arguments = [text.format(good=folder, **places) for text in arguments]
-    assert script.main([*arguments, "--samples", "1", "--depths", "0.5", "--out", str(tmp_path / "out")]) == 2
+    suite = [] if "--suite" in arguments else ["--suite", "niah_single_2"]
+    assert script.main([*arguments, *suite, "--samples", "1", "--depths", "0.5", "--out", str(tmp_path / "out")]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluate: ")]
     assert len(said) == 1 and re.search(message, said[0])
     assert not (tmp_path / "out").exists()
@@ -304,7 +277,9 @@ def test_bad_input_is_one_line(script, folder, tmp_path, capsys, arguments, mess
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "mmlu"], "invalid choice: 'mmlu'"),
+        (["--suite", "niah,mmlu"], "unknown suite or task 'mmlu', needs all, niah, vt"),
+        (["--set", "pairs"], "setting 'pairs' is not KEY=VALUE"),
+        (["--set", "pairs=many"], "setting 'pairs=many': 'many' is no number, True or False"),
         (["--lengths", "512,many"], "length 'many' is not a number of tokens such as 512 or 4k"),
         (["--depths", "0,2"], "depth '2' is not a share from 0 to 1"),
         (["--samples", "0"], "'0' is not a whole number from 1 on"),
