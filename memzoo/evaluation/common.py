@@ -114,7 +114,13 @@ def quiet() -> None:
 
 
 def fingerprint(model, path: str | Path | None = None) -> str:
-    """What tells a model's weights and configuration from any other's, as 16 digits: of its folder's files, or of what is in memory."""
+    """What tells a model's weights and configuration from any other's, as 16 digits.
+
+    Of a folder's files; of the name and the commit for a model on the hub; of what is in memory for one without a path.
+
+    Raises:
+        ValueError: the hub has no such model, or cannot be asked.
+    """
     digest = hashlib.sha256()
     folder = Path(path) if path else None
     if folder and folder.is_dir():
@@ -124,6 +130,17 @@ def fingerprint(model, path: str | Path | None = None) -> str:
                 while block := data.read(1 << 24):
                     digest.update(block)
         return digest.hexdigest()[:16]
+    if path:
+        from huggingface_hub import HfApi, try_to_load_from_cache
+
+        try:
+            commit = HfApi().model_info(str(path)).sha
+        except Exception as error:  # offline, or no such model; one that was loaded before can still be run
+            held = try_to_load_from_cache(str(path), "config.json")
+            if not isinstance(held, str):
+                raise ValueError(f"no model could be loaded from {path}: {(str(error).splitlines() or [''])[0]}") from error
+            commit = Path(held).parent.name
+        return hashlib.sha256(f"{path}@{commit}".encode()).hexdigest()[:16]
     config = described(getattr(model, "config", None))
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     if hasattr(model, "state_dict"):

@@ -86,7 +86,7 @@ def evaluate_papers(
         for length in (sorted(set(lengths or (4096,))) if name in BY_LENGTH else (0,))
     ]
     keys = [
-        identity(model=s.identify(), papers=name, length=length, limit=limit, seed=seed, max_length=max_length, dtype=dtype)
+        identity(model=s.fingerprint, papers=name, length=length, limit=limit, seed=seed, max_length=max_length, dtype=dtype)
         for s, name, length in runs
     ]
     progress.plan(sum(key not in done for key in keys), len(runs), sum(key in done for key in keys))

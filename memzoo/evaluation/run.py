@@ -67,9 +67,7 @@ class Subject:
             self.name = getattr(getattr(self.model, "config", None), "model_type", None) or type(model).__name__
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(f"{self.name}: documents need a fast tokenizer, {type(self.tokenizer).__name__} is not one")
-        self.fingerprint = None
-        if self.path is None or Path(self.path).is_dir():
-            self.fingerprint = fingerprint(self.model or self.lm, self.path)
+        self.fingerprint = fingerprint(self.model or self.lm, self.path)
 
     def load(self):
         """The lm-eval LM."""
@@ -84,15 +82,7 @@ class Subject:
             self.lm = MemoryLM(
                 self.model, self.tokenizer, options["batch_size"], options["chunk"], accelerator=options["accelerator"]
             )
-        if self.fingerprint is None:
-            self.fingerprint = fingerprint(self.model)
         return self.lm
-
-    def identify(self) -> str:
-        """The fingerprint; a model from the hub is loaded for it."""
-        if self.fingerprint is None:
-            self.load()
-        return self.fingerprint
 
     def forget(self) -> None:
         """Free the memory of a model that was loaded from a folder or the hub."""
@@ -278,7 +268,7 @@ def _agreed(store: Store | None, accelerator) -> list[dict]:
 
 def _identity(subject: Subject, task: SuiteTask, length: int, changed: dict, limit: int, seed: int, depths, dtype: str) -> str:
     return identity(
-        model=subject.identify(),
+        model=subject.fingerprint,
         tokenizer=tokenizer_fingerprint(subject.tokenizer),
         task=task.name,
         length=length,

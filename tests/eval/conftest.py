@@ -15,9 +15,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import memzoo
 from memzoo.data import load_tokenizer
 from memzoo.data.symbols import single_token_words
+from memzoo.models.presets import FAMILIES
 
 TOKENIZER = load_tokenizer()
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+# A Llama, and one family of every architecture there is: "linear-transformer", "sdnc", ...
+KINDS = ["llama", *{model_type: family for family, (model_type, *_) in reversed(FAMILIES.items())}.values()]
 
 
 def tiny(kind):
@@ -35,8 +40,7 @@ def tiny(kind):
         model = LlamaForCausalLM(config)
     else:
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        name = next(name for name in memzoo.presets() if name.startswith(kind))
-        model = AutoModelForCausalLM.from_config(memzoo.preset(name, vocab_size=len(TOKENIZER), **SPECIAL, **sizes))
+        model = AutoModelForCausalLM.from_config(memzoo.preset(f"{kind}-tiny", vocab_size=len(TOKENIZER), **SPECIAL, **sizes))
     for parameter in model.parameters():
         parameter.data *= 3  # answers that depend on the prompt, and no near ties
     return model.eval()

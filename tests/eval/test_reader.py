@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import TOKENIZER, tiny
+from conftest import KINDS, TOKENIZER, tiny
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from memzoo.data import prose
 from memzoo.evaluation.reader import MemoryLM
+from memzoo.models.presets import FAMILIES
 
-KINDS = ("llama", "linear-transformer", "sdnc")
 WORDS = prose("test").split()
 
 
@@ -45,7 +45,9 @@ def model(request):
     return tiny(request.param)
 
 
-def test_answers_do_not_depend_on_batch_padding_or_pieces(model):
+@pytest.mark.parametrize("kind", ["llama", *FAMILIES])
+def test_answers_do_not_depend_on_batch_padding_or_pieces(kind):
+    model = tiny(kind)
     contexts = [text(0, 40), text(300, 7), text(500, 150), "Anne", text(900, 90)]
     alone = HFLM(pretrained=model, tokenizer=TOKENIZER, backend="causal", batch_size=1)
     expected = alone.generate_until(asked(contexts), disable_tqdm=True)
