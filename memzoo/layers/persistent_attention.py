@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ..kernels import attention
 from ..kernels.common.packing import sequence_ids
+from .convolution import ShortConvolution
 from .flops import projection_flops, rows_read
 from .layout import TokenLayout
 from .state import LayerState
@@ -27,6 +28,7 @@ class PersistentAttention(nn.Module):
         persistent: learned vectors, without positions; 0 for none.
         window: tokens that a token sees, its own included, at least 2; None for all that are kept.
         segment: most tokens ever kept, where segments are cleared; None where they are not.
+        conv_width: taps of a causal convolution after each of the q, k, v projections (Sec. 4.4); 0 for none. It runs on over segments.
         bias: biases on the four projections.
     """
 
@@ -40,6 +42,7 @@ class PersistentAttention(nn.Module):
         persistent: int = 0,
         window: int | None = None,
         segment: int | None = None,
+        conv_width: int = 0,
         bias: bool = False,
     ):
         super().__init__()
@@ -49,17 +52,23 @@ class PersistentAttention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        widths = {"q": num_heads * head_dim, "k": num_key_value_heads * head_dim, "v": num_key_value_heads * head_dim}
+        self.convolutions = nn.ModuleDict(
+            {name: ShortConvolution(size, conv_width, f"attention_conv_{name}", None) for name, size in widths.items()}
+            if conv_width
+            else {}
+        )
         self.persistent = nn.Parameter(torch.empty(persistent, hidden_size)) if persistent else None
 
     def forward(self, x: Tensor, layout: TokenLayout, state: LayerState | None = None, retrieved: Tensor | None = None) -> Tensor:
         batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)
+        q = self._project("q", x, layout, state, "").unflatten(-1, (self.num_heads, self.head_dim))
         if layout.rotary is not None:
             q, _ = apply_rotary_pos_emb(q, q, *layout.rotary, unsqueeze_dim=2)
-        sources = (
-            [x] if retrieved is None else [retrieved, x]
-        )  # a token sees what was retrieved for it, so that row stands before its own
-        rows = [self._rows(source, layout) for source in sources]
+        rows = [self._rows(x, layout, state, "")]
+        if retrieved is not None:  # a token sees what was retrieved for it, so that row stands before its own
+            rows.insert(0, self._rows(retrieved, layout, state, "context_"))
+        several = len(rows)
         rows = {name: torch.stack([row[name] for row in rows], 2) for name in ("key", "value")}
 
         of_queries = of_keys = layout.cu_seqlens
@@ -71,7 +80,6 @@ class PersistentAttention(nn.Module):
                 q = q.flatten(0, 1)[None]
             of_queries, of_keys = keys.cu_seqlens if isinstance(keys.cu_seqlens, tuple) else (keys.cu_seqlens,) * 2
         rows = {name: row.flatten(1, 2) for name, row in rows.items()}
-        several = len(sources)
         if of_keys is not None:
             of_queries, of_keys = several * of_queries, several * of_keys
         # The operator takes one query a row. With two rows a token each query stands twice, and the first answer is not looked at; the last
@@ -88,8 +96,16 @@ class PersistentAttention(nn.Module):
             y = y[:, 1::2]
         return self.o_proj(y.reshape(batch, length, self.num_heads * self.head_dim))
 
-    def _rows(self, x: Tensor, layout: TokenLayout) -> dict[str, Tensor]:
-        k, v = (proj(x).unflatten(-1, (self.num_key_value_heads, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+    def _project(self, which: str, x: Tensor, layout: TokenLayout, state: LayerState | None, stream: str) -> Tensor:
+        """A projection and its convolution; each stream of tokens through the same weights has a history of its own."""
+        x = getattr(self, f"{which}_proj")(x)
+        if not self.convolutions:
+            return x
+        return self.convolutions[which](x, layout, state, stream + self.convolutions[which].name)
+
+    def _rows(self, x: Tensor, layout: TokenLayout, state: LayerState | None, stream: str) -> dict[str, Tensor]:
+        heads = (self.num_key_value_heads, self.head_dim)
+        k, v = (self._project(which, x, layout, state, stream).unflatten(-1, heads) for which in ("k", "v"))
         if layout.rotary is not None:
             _, k = apply_rotary_pos_emb(k, k, *layout.rotary, unsqueeze_dim=2)
         return {"key": k, "value": v}
@@ -116,11 +132,14 @@ class PersistentAttention(nn.Module):
         """Bytes kept for one sequence of `length` tokens in a type of `itemsize` bytes."""
         row = 2 * self.num_key_value_heads * self.head_dim * itemsize
         first = 0 if self.persistent is None else self.persistent.shape[0]
-        if self.segment is not None:
-            return row * (
-                first + 2 * (length % self.segment)
-            )  # of each token of the open segment, and of what was retrieved for it
-        return row * (first + (length if self.window is None else min(length, self.window - 1)))
+        several = 1 if self.segment is None else 2  # of each token its own row, and that of what was retrieved for it
+        streams = {"q": 1, "k": several, "v": several}
+        held = sum(streams[name] * convolution.state_bytes(itemsize) for name, convolution in self.convolutions.items())
+        if self.segment is None:
+            kept = length if self.window is None else min(length, self.window - 1)
+        else:
+            kept = length % self.segment
+        return held + row * (first + several * kept)
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs of a token, averaged over a sequence of `length`: projections, and a product with the key and one with the value of every
@@ -133,6 +152,8 @@ class PersistentAttention(nn.Module):
             seen = sum(n * rows_read(size, None) for n, size in ((whole * self.segment, self.segment), (rest, rest)) if n) / length
         prefix = 0 if self.persistent is None else self.persistent.shape[0]
         again = 2 * (several - 1 + prefix / length) * (self.k_proj.weight.numel() + self.v_proj.weight.numel())
+        streams = {"q": 1, "k": several, "v": several}
+        again += sum(streams[name] * convolution.flops_per_token() for name, convolution in self.convolutions.items())
         return projection_flops(self) + again + 4 * self.num_heads * self.head_dim * (several * seen + prefix)
 
 

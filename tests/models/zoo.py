@@ -15,7 +15,7 @@ _SMALL = {
     "max_position_embeddings": 64,
 }
 
-_TITANS = {"chunk_size": 4, "segment_length": 6, "sliding_window": 5, "memory_expansion": 2, "lr_max": 1.0}
+_TITANS = {"chunk_size": 4, "segment_length": 6, "sliding_window": 5, "memory_expansion": 2, "attention_conv_width": 0}
 
 CONFIGS = {
     "sdnc": ("sdnc-tiny", {}),
@@ -46,9 +46,9 @@ CONFIGS = {
     "linear-transformer-gated-delta": ("linear-transformer-gated-delta-tiny", {}),
     "titans-lmm": ("titans-lmm-tiny", {**_TITANS, "conv_width": 3}),
     "titans-mac": ("titans-mac-tiny", {**_TITANS, "num_persistent_tokens": 2}),
-    "titans-mac-mix": ("titans-mac-tiny", {**_TITANS, "gate": "mix", "memory_layers": [0], "position_embedding": "none"}),
+    "titans-mac-mix": ("titans-mac-tiny", {**_TITANS, "gate": "mix", "memory_layers": [0], "attention_conv_width": 2}),
     "titans-mag": ("titans-mag-tiny", {**_TITANS, "num_key_value_heads": 1}),
-    "titans-mal": ("titans-mal-tiny", {**_TITANS, "memory_depth": 1, "num_persistent_tokens": 0}),
+    "titans-mal": ("titans-mal-tiny", {**_TITANS, "memory_depth": 1, "num_persistent_tokens": 0, "attention_conv_width": 3}),
 }
 NAMES = list(CONFIGS)
 

@@ -26,6 +26,7 @@ class TitansConfig(MemzooConfig):
         lr_start, momentum_start, decay_start: where the gates start*, lr_start as a share of lr_max; between 0 and 1.
         max_grad_norm: clamp of one token's inner gradient*; None for none, which diverges on long input.
         conv_width: taps of the convolutions after the memory's q, k, v projections* (4 in the follow-up papers); 0 for none.
+        attention_conv_width: the same for attention's projections, without SiLU; None for conv_width.
         output_gate: SiLU gate on what the memory reads, before its output projection.
         num_persistent_tokens: learned vectors that stand before every sequence*; 0 for none.
         segment_length: tokens of a segment of MAC*.
@@ -53,6 +54,7 @@ class TitansConfig(MemzooConfig):
     decay_start: float = 0.01
     max_grad_norm: float | None = 1.0
     conv_width: int = 4
+    attention_conv_width: int | None = None
     output_gate: bool = True
     num_persistent_tokens: int = 16
     segment_length: int = 256
@@ -68,6 +70,8 @@ class TitansConfig(MemzooConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.memory_layers is None:
             self.memory_layers = list(range(self.num_hidden_layers))
+        if self.attention_conv_width is None:
+            self.attention_conv_width = self.conv_width
         if self.position_embedding is None:
             alone = self.variant == "lmm" and len(self.memory_layers) == self.num_hidden_layers
             self.position_embedding = "none" if alone else "rotary"
@@ -84,7 +88,8 @@ class TitansConfig(MemzooConfig):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         self._require(self.sliding_window >= 2, "sliding_window", "at least 2")
         self._require(self.num_persistent_tokens >= 0, "num_persistent_tokens", "at least 0")
-        self._require(0 <= self.conv_width <= 16, "conv_width", "0 to 16")
+        for name in ("conv_width", "attention_conv_width"):
+            self._require(0 <= getattr(self, name) <= 16, name, "0 to 16")
         self._require(self.lr_max > 0, "lr_max", "a number above 0")
         for name in ("lr_start", "momentum_start", "decay_start"):
             self._require(0 < getattr(self, name) < 1, name, "a number between 0 and 1")

@@ -44,6 +44,7 @@ def _attention(config: TitansConfig, segment: int | None = None) -> PersistentAt
         persistent=config.num_persistent_tokens,
         window=config.sliding_window if segment is None else None,
         segment=segment,
+        conv_width=config.attention_conv_width,
         bias=config.attention_bias,
     )
 
