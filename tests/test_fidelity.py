@@ -76,7 +76,12 @@ class TokenByToken:
         from zoo import model
 
         self.model = model(
-            f"titans-{variant}", torch.float64, num_hidden_layers=1, position_embedding="none", num_persistent_tokens=3
+            f"titans-{variant}",
+            torch.float64,
+            num_hidden_layers=1,
+            position_embedding="none",
+            num_persistent_tokens=3,
+            attention_conv_width=0,
         )
         self.block = self.model.model.layers[0]
         parts = self.block.mixer
