@@ -70,14 +70,19 @@ def _load(x, base, front, end, head, H, D: tl.constexpr, BT: tl.constexpr, BD: t
     """The rows of a chunk of a [rows, H, D] tensor, zero at places that are not real and in columns from D on."""
     i = tl.arange(0, BT)[:, None]
     j = tl.arange(0, BD)[None, :]
-    return tl.load(x + (base + i) * (H * D) + head * D + j, mask=(i >= front) & (i < end) & (j < D), other=0.0)
+    inside = (i >= front) & (i < end)
+    if D != BD:
+        inside = inside & (j < D)
+    return tl.load(x + (base + i) * (H * D) + head * D + j, mask=inside, other=0.0)
 
 
 @triton.jit
 def _store(x, value, base, front, end, head, H, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
     i = tl.arange(0, BT)[:, None]
     j = tl.arange(0, BD)[None, :]
-    inside = (i >= front) & (i < end) & (j < D)
+    inside = (i >= front) & (i < end)
+    if D != BD:
+        inside = inside & (j < D)
     tl.store(x + (base + i) * (H * D) + head * D + j, value.to(x.dtype.element_ty), mask=inside)
 
 

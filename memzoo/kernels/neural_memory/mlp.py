@@ -27,27 +27,44 @@ BACKWARD = LaunchTable({
 
 
 @triton.jit
-def _slice(f, D: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr):
+def _inside(i, j, R: tl.constexpr, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Mask of the tile at rows i and columns j of an [R, C] matrix, where tiles do not fit it exactly."""
+    inside = tl.full((BR, BC), 1, tl.int1)
+    if R % BR != 0:
+        inside = inside & (i < R)
+    if C % BC != 0:
+        inside = inside & (j < C)
+    return inside
+
+
+@triton.jit
+def _slice(f, nil, D: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr):
     """Offsets and mask of columns [f, f + BF) of a layer in scratch, [D, F], or the second layer transposed, [Dv, F]."""
-    i = tl.arange(0, BD)[:, None]
+    i = nil + tl.arange(0, BD)[:, None]
     j = f + tl.arange(0, BF)[None, :]
-    return i * F + j, (i < D) & (j < F)
+    return i * F + j, _inside(i, j, D, F, BD, BF)
 
 
 @triton.jit
-def _hidden(f, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr):
+def _hidden(f, nil, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr):
     """Offsets and mask of columns [f, f + BF) of a chunk's hidden rows [BT, F]."""
-    i = tl.arange(0, BT)[:, None]
+    i = nil + tl.arange(0, BT)[:, None]
     j = f + tl.arange(0, BF)[None, :]
-    return i * F + j, (i < BT) & (j < F)
+    return i * F + j, _inside(i, j, BT, F, BT, BF)
 
 
 @triton.jit
-def _rows(W: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
+def _rows(nil, W: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
     """Offsets and mask of scratch rows [BT, W]."""
-    i = tl.arange(0, BT)[:, None]
+    i = nil + tl.arange(0, BT)[:, None]
     j = tl.arange(0, BW)[None, :]
-    return i * W + j, (i < BT) & (j < W)
+    return i * W + j, _inside(i, j, BT, W, BT, BW)
+
+
+@triton.jit
+def _get(x, nil, W: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
+    at, inside = _rows(nil, W, BT, BW)
+    return tl.load(x + at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -81,15 +98,13 @@ def _add(to, source, SIZE: tl.constexpr):
 @triton.jit
 def _turn(to, source, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr):
     """Copy or add the transpose of [ROWS, COLUMNS] to [COLUMNS, ROWS]."""
-    for row in range(0, ROWS, 32):
-        for column in range(0, COLUMNS, 32):
-            i = row + tl.arange(0, 32)
-            j = column + tl.arange(0, 32)[:, None]
-            inside = (i < ROWS) & (j < COLUMNS)
-            value = tl.load(source + i * COLUMNS + j, mask=inside, other=0.0).to(tl.float32)
-            if ADD:
-                value += tl.load(to + j * ROWS + i, mask=inside, other=0.0)
-            tl.store(to + j * ROWS + i, value, mask=inside)
+    for begin in range(0, ROWS * COLUMNS, 1024):
+        at = begin + tl.arange(0, 1024)
+        inside = at < ROWS * COLUMNS
+        value = tl.load(source + (at % ROWS) * COLUMNS + at // ROWS, mask=inside, other=0.0).to(tl.float32)
+        if ADD:
+            value += tl.load(to + at, mask=inside, other=0.0)
+        tl.store(to + at, value, mask=inside)
 
 
 @triton.jit
@@ -137,24 +152,25 @@ def _enter(
 
 @triton.jit
 def _inner_gradient(
-    k, v, lr, b1, b2, xs, slopes, curves, us, rows, base, front, end, head, H, limit,
+    k, v, lr, b1, b2, xs, slopes, curves, us, rows, vectors, base, front, end, head, H, nil, limit,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
     CURVE: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk: X, gelu'(Z), (with CURVE) gelu''(Z) and U to scratch [BT, F], and G2 to rows [BT, Dv].
 
-    Returns by row theta, min(1, max / n), n, |K|^2, |G1|^2, |X|^2 and |G2|^2, the norms zero without a clamp.
+    To vectors, by row: theta min(1, max / n), and with a clamp min(1, max / n), n, |K|^2, |G1|^2, |X|^2 and |G2|^2.
     """
     kind = k.dtype.element_ty
-    key = _load(k, base, front, end, head, H, D, BT, BD)
-    grad = -_load(v, base, front, end, head, H, DV, BT, BV).to(tl.float32)
+    key = _load(k, base + nil, front, end, head, H, D, BT, BD)
+    grad = -_load(v, base + nil, front, end, head, H, DV, BT, BV).to(tl.float32)
     if RESIDUAL and L2:
         grad += key.to(tl.float32)
     x_square = tl.zeros((BT,), tl.float32)
     u_square = tl.zeros((BT,), tl.float32)
     for f in range(0, F, BF):
-        at, inside = _slice(f, D, F, BD, BF)
-        here, held = _hidden(f, F, BT, BF)
+        still = f * nil
+        at, inside = _slice(f, still, D, F, BD, BF)
+        here, held = _hidden(f, still, F, BT, BF)
         z = tl.dot(key, tl.load(b1 + at, mask=inside, other=0.0).to(kind), input_precision=PRECISION)
         x, slope, curve = _gelu_slopes(z)
         tl.store(xs + here, x.to(kind), mask=held)
@@ -164,31 +180,45 @@ def _inner_gradient(
         if CLAMP:
             x_square += tl.sum(x * x, 1)
         if L2:
-            at, inside = _slice(f, DV, F, BV, BF)
+            at, inside = _slice(f, still, DV, F, BV, BF)
             weight = tl.load(b2 + at, mask=inside, other=0.0).to(kind)
             grad += tl.dot(x.to(kind), tl.trans(weight), input_precision=PRECISION)
-    wide, real = _rows(DV, BT, BV)
+    wide, real = _rows(nil, DV, BT, BV)
     tl.store(rows + wide, grad, mask=real)
     tl.debug_barrier()
     for f in range(0, F, BF):
-        at, inside = _slice(f, DV, F, BV, BF)
-        here, held = _hidden(f, F, BT, BF)
+        still = f * nil
+        at, inside = _slice(f, still, DV, F, BV, BF)
+        here, held = _hidden(f, still, F, BT, BF)
         weight = tl.load(b2 + at, mask=inside, other=0.0).to(kind)
         u = tl.dot(grad.to(kind), weight, input_precision=PRECISION)
         tl.store(us + here, u.to(kind), mask=held)
         if CLAMP:
             inner = u * tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
             u_square += tl.sum(inner * inner, 1)
-    tl.debug_barrier()
-    theta = _gate(lr, base, front, end, head, H, BT, 1, 0)
-    k_square = tl.sum(key.to(tl.float32) * key.to(tl.float32), 1)
-    g_square = tl.sum(grad * grad, 1)
-    norm = tl.sqrt(k_square * u_square + x_square * g_square)
+    step = _gate(lr, base, front, end, head, H, BT, 1, 0)
+    i = nil + tl.arange(0, BT)
     if CLAMP:
+        k_square = tl.sum(key.to(tl.float32) * key.to(tl.float32), 1)
+        g_square = tl.sum(grad * grad, 1)
+        norm = tl.sqrt(k_square * u_square + x_square * g_square)
         factor = limit / tl.maximum(norm, limit)
-    else:
-        factor = tl.full((BT,), 1.0, tl.float32)
-    return theta, factor, norm, k_square, u_square, x_square, g_square
+        step *= factor
+        tl.store(vectors + BT + i, factor)
+        tl.store(vectors + 2 * BT + i, norm)
+        tl.store(vectors + 3 * BT + i, k_square)
+        tl.store(vectors + 4 * BT + i, u_square)
+        tl.store(vectors + 5 * BT + i, x_square)
+        tl.store(vectors + 6 * BT + i, g_square)
+    tl.store(vectors + i, step)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _put(x, value, base, front, end, head, H, BT: tl.constexpr, COUNT: tl.constexpr, WHICH: tl.constexpr):
+    """Number WHICH of COUNT a token."""
+    i = tl.arange(0, BT)
+    tl.store(x + ((base + i) * H + head) * COUNT + WHICH, value, mask=(i >= front) & (i < end))
 
 
 @triton.jit
@@ -209,7 +239,7 @@ def _last_row(mask, scalars, base, front, end, head, H, BT: tl.constexpr):
 
 @triton.jit
 def _advance(
-    q, k, y, mask, scalars, slot, to, xs, slopes, us, rows, pairs, step, base, front, end, head, H, opened, keep_start,
+    q, k, y, mask, scalars, slot, to, xs, slopes, us, rows, pairs, vectors, base, front, end, head, H, nil, opened, keep_start,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, READ: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -218,38 +248,38 @@ def _advance(
     With READ and `keep_start`, the weights before go to `opened` too: they are the start of a chunk that stays open.
     """
     kind = k.dtype.element_ty
+    step = tl.load(vectors + nil + tl.arange(0, BT))
     first: tl.constexpr = D * F
     second: tl.constexpr = F * DV
     into_weights, into_momentum, beta_last, c_last, e_last = _last_row(mask, scalars, base, front, end, head, H, BT)
-    wide, real = _rows(DV, BT, BV)
-    square, inside = _rows(BT, BT, BT)
+    square, inside = _rows(nil, BT, BT, BT)
     if READ:
-        key = _load(k, base, front, end, head, H, D, BT, BD)
-        query = _load(q, base, front, end, head, H, D, BT, BD)
-        left = _load(mask, base, front, end, head, H, BT, BT, BT)
-        compared = left * tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        tl.store(pairs + square, compared.to(kind), mask=inside)
+        keys = _load(k, base + nil, front, end, head, H, D, BT, BD)
+        pair = tl.dot(_load(q, base + nil, front, end, head, H, D, BT, BD), tl.trans(keys), input_precision=PRECISION)
+        pair *= _load(mask, base + nil, front, end, head, H, BT, BT, BT)
+        tl.store(pairs + square, pair.to(kind), mask=inside)
         tl.debug_barrier()
         beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
         c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
         mixed = tl.zeros((BT, BT), tl.float32)
         out = tl.zeros((BT, BV), tl.float32)
     for f in range(0, F, BF):
-        at1, inside1 = _slice(f, D, F, BD, BF)
-        at2, inside2 = _slice(f, DV, F, BV, BF)
-        here, held = _hidden(f, F, BT, BF)
+        still = f * nil
+        at1, inside1 = _slice(f, still, D, F, BD, BF)
+        at2, inside2 = _slice(f, still, DV, F, BV, BF)
+        here, held = _hidden(f, still, F, BT, BF)
         x = tl.load(xs + here, mask=held, other=0.0)
         inner = step[:, None] * tl.load(us + here, mask=held, other=0.0).to(tl.float32)
         inner *= tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
         w1 = tl.load(slot + at1, mask=inside1, other=0.0)
         s1 = tl.load(slot + first + at1, mask=inside1, other=0.0)
         if READ:
-            query = _load(q, base, front, end, head, H, D, BT, BD)
-            compared = tl.load(pairs + square, mask=inside, other=0.0)
+            query = _load(q, base + still, front, end, head, H, D, BT, BD)
+            compared = _get(pairs, still, BT, BT, BT)
             h = beta * tl.dot(query, w1.to(kind), input_precision=PRECISION)
             h += c * tl.dot(query, s1.to(kind), input_precision=PRECISION)
             h -= tl.dot(compared, inner.to(kind), input_precision=PRECISION)
-        key = _load(k, base, front, end, head, H, D, BT, BD)
+        key = _load(k, base + still, front, end, head, H, D, BT, BD)
         change1 = tl.dot(tl.trans(key), (into_weights[:, None] * inner).to(kind), input_precision=PRECISION)
         moved1 = tl.dot(tl.trans(key), (into_momentum[:, None] * inner).to(kind), input_precision=PRECISION)
         tl.debug_barrier()  # every thread has read this slice before any writes it
@@ -265,7 +295,7 @@ def _advance(
             mixed += tl.dot(a, tl.trans(x), input_precision=PRECISION)
             out += beta * tl.dot(a, tl.trans(w2.to(kind)), input_precision=PRECISION)
             out += c * tl.dot(a, tl.trans(s2.to(kind)), input_precision=PRECISION)
-        write = (step[:, None] * tl.load(rows + wide, mask=real, other=0.0)).to(kind)
+        write = (step[:, None] * _get(rows, still, DV, BT, BV)).to(kind)
         x = x.to(tl.float32)
         change2 = tl.dot(tl.trans(write), (into_weights[:, None] * x).to(kind), input_precision=PRECISION)
         moved2 = tl.dot(tl.trans(write), (into_momentum[:, None] * x).to(kind), input_precision=PRECISION)
@@ -276,19 +306,19 @@ def _advance(
         tl.store(to + 2 * first + at2, beta_last * w2 + c_last * s2 - change2, mask=inside2)
         tl.store(to + 2 * first + second + at2, e_last * s2 - moved2, mask=inside2)
     if READ:
-        write = (step[:, None] * tl.load(rows + wide, mask=real, other=0.0)).to(kind)
-        mixed *= _load(mask, base, front, end, head, H, BT, BT, BT)
-        out -= tl.dot(mixed.to(kind), write, input_precision=PRECISION)
+        written = (step[:, None] * _get(rows, nil, DV, BT, BV)).to(kind)
+        mixed *= _load(mask, base + nil, front, end, head, H, BT, BT, BT)
+        out -= tl.dot(mixed.to(kind), written, input_precision=PRECISION)
         if RESIDUAL:
-            out += _load(q, base, front, end, head, H, D, BT, BD).to(tl.float32)
-        _store(y, out, base, front, end, head, H, DV, BT, BV)
+            out += _load(q, base + nil, front, end, head, H, D, BT, BD).to(tl.float32)
+        _store(y, out, base + nil, front, end, head, H, DV, BT, BV)
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["T", "numbers", "every"])
+@triton.jit(do_not_specialize=["T", "numbers", "every", "zero"])
 def _forward_kernel(
     q, k, v, lr, mask, scalars, w1, w2, m1, m2, s1, s2, y, fw1, fw2, fm1, fm2, fs1, fs2, boundaries, slot_starts,
-    states, hidden, rows, pairs, position, cu_seqlens, T, H, numbers, every, limit,
+    states, hidden, rows, pairs, position, cu_seqlens, T, H, numbers, every, zero, limit,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
     HAS_POSITION: tl.constexpr, HAS_FINAL: tl.constexpr, KEEP: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
@@ -303,8 +333,9 @@ def _forward_kernel(
     xs = hidden + program * (3 * BT * F)
     slopes = xs + BT * F
     us = slopes + BT * F
-    grad_rows = rows + program * (BT * DV)
+    grad_rows = rows + program * (BT * (DV + 8))
     pair_rows = pairs + program * (BT * BT)
+    vectors = grad_rows + BT * DV
     for turn in range(tl.cdiv(numbers - tl.program_id(0), tl.num_programs(0))):
         number = tl.program_id(0) + turn * tl.num_programs(0)
         n = number // H
@@ -313,17 +344,18 @@ def _forward_kernel(
         _enter(slot, start, number, head, w1, w2, m1, m2, s1, s2, D, F, DV, HAS_POSITION)
         for chunk in range(count):
             base, front, end = _chunk(n, chunk, position, cu_seqlens, T, BT, HAS_POSITION, VARLEN)
+            nil = (chunk + 1) * zero
             # The weights that gradients are taken at: those of the chunk's start.
             b1 = tl.where(front > 0, size, 0)
             b2 = tl.where(front > 0, size + first, 2 * first)
-            theta, factor, _, _, _, _, _ = _inner_gradient(
-                k, v, lr, slot + b1, slot + b2, xs, slopes, slopes, us, grad_rows, base, front, end, head, H, limit,
+            _inner_gradient(
+                k, v, lr, slot + b1, slot + b2, xs, slopes, slopes, us, grad_rows, vectors, base, front, end, head, H, nil, limit,
                 D, F, DV, RESIDUAL, L2, CLAMP, False, PRECISION, BT, BD, BF, BV,
             )  # fmt: skip
             keep_start = (chunk == count - 1) & (end < BT) & (front == 0)
             _advance(
-                q, k, y, mask, scalars, slot, slot, xs, slopes, us, grad_rows, pair_rows, theta * factor,
-                base, front, end, head, H, start, keep_start, D, F, DV, RESIDUAL, True, PRECISION, BT, BD, BF, BV,
+                q, k, y, mask, scalars, slot, slot, xs, slopes, us, grad_rows, pair_rows, vectors,
+                base, front, end, head, H, nil, start, keep_start, D, F, DV, RESIDUAL, True, PRECISION, BT, BD, BF, BV,
             )  # fmt: skip
             if KEEP:
                 after = chunk + 1
@@ -343,34 +375,36 @@ def _forward_kernel(
 
 
 # The backward of one chunk, a pass over the hidden width each, in this order. A program's scratch, beside the states: hidden rows [BT, F] in
-# the inputs' type (xs, slopes, curves, us, hs, dxs, dgs), rows [BT, D or Dv] in float32, and two pairs [BT, BT] in the inputs' type. What a
+# the inputs' type (xs, slopes, curves, us, hs, dxs, dgs), rows [BT, D or Dv] and vectors [BT] in float32, and two pairs [BT, BT] in the inputs' type. What a
 # loop multiplies by in every slice is loaded in every slice: kept across the loop it would fill the registers. A product that is needed
 # transposed goes through memory.
 
 
 @triton.jit
 def _pass_hidden(
-    q, k, mask, scalars, slot, slopes, us, hs, pairs, step, base, front, end, head, H,
+    q, k, mask, scalars, slot, slopes, us, hs, pairs, vectors, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """The queries' hidden rows before GELU, to hs."""
     kind = k.dtype.element_ty
-    square, whole = _rows(BT, BT, BT)
-    key = _load(k, base, front, end, head, H, D, BT, BD)
-    query = _load(q, base, front, end, head, H, D, BT, BD)
-    compared = tl.dot(query, tl.trans(key), input_precision=PRECISION) * _load(mask, base, front, end, head, H, BT, BT, BT)
-    tl.store(pairs + square, compared.to(kind), mask=whole)
+    step = tl.load(vectors + nil + tl.arange(0, BT))
+    square, whole = _rows(nil, BT, BT, BT)
+    key = _load(k, base + nil, front, end, head, H, D, BT, BD)
+    pair = tl.dot(_load(q, base + nil, front, end, head, H, D, BT, BD), tl.trans(key), input_precision=PRECISION)
+    pair *= _load(mask, base + nil, front, end, head, H, BT, BT, BT)
+    tl.store(pairs + square, pair.to(kind), mask=whole)
     tl.debug_barrier()
     beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
     c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
     for f in range(0, F, BF):
-        at, inside = _slice(f, D, F, BD, BF)
-        here, held = _hidden(f, F, BT, BF)
+        still = f * nil
+        at, inside = _slice(f, still, D, F, BD, BF)
+        here, held = _hidden(f, still, F, BT, BF)
         inner = step[:, None] * tl.load(us + here, mask=held, other=0.0).to(tl.float32)
         inner *= tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
-        h = -tl.dot(tl.load(pairs + square, mask=whole, other=0.0), inner.to(kind), input_precision=PRECISION)
-        query = _load(q, base, front, end, head, H, D, BT, BD)
+        h = -tl.dot(_get(pairs, still, BT, BT, BT), inner.to(kind), input_precision=PRECISION)
+        query = _load(q, base + still, front, end, head, H, D, BT, BD)
         w1 = tl.load(slot + at, mask=inside, other=0.0).to(kind)
         h += beta * tl.dot(query, w1, input_precision=PRECISION)
         s1 = tl.load(slot + D * F + at, mask=inside, other=0.0).to(kind)
@@ -381,26 +415,26 @@ def _pass_hidden(
 
 @triton.jit
 def _pass_second(
-    k, dy, mask, scalars, dmask, slot, carry, xs, hs, dxs, rows, drows, pairs, step, base, front, end, head, H,
+    k, dy, mask, scalars, dmask, dscalars, slot, carry, xs, hs, dxs, rows, drows, pairs, vectors, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Through the second layer's read and write: dH to hs, part of dX to dxs, dg2 to drows, part of dA to dmask, dW2 and dS2 carried on.
-
-    Returns the shares of dbeta and dc by row, of dA and dE of the last row by place, and of its dbeta, dc and de.
+    """Through the second layer's read and write: dH to hs, part of dX to dxs, dg2 to drows, dW2 and dS2 carried on; part of dA to dmask and of the
+    gradients of beta, c, e and the last row of E to dscalars.
     """
     kind = k.dtype.element_ty
+    step = tl.load(vectors + nil + tl.arange(0, BT))
     first: tl.constexpr = D * F
     second: tl.constexpr = F * DV
-    wide, real = _rows(DV, BT, BV)
-    square, whole = _rows(BT, BT, BT)
-    given = _load(dy, base, front, end, head, H, DV, BT, BV)
-    left = _load(mask, base, front, end, head, H, BT, BT, BT)
-    write = (step[:, None] * tl.load(rows + wide, mask=real, other=0.0)).to(kind)
-    through = left * tl.dot(given, tl.trans(write), input_precision=PRECISION)
-    tl.store(pairs + square, through.to(kind), mask=whole)
-    back = tl.trans(left) * tl.dot(write, tl.trans(given), input_precision=PRECISION)
-    tl.store(pairs + BT * BT + square, back.to(kind), mask=whole)
+    wide, real = _rows(nil, DV, BT, BV)
+    square, whole = _rows(nil, BT, BT, BT)
+    outer = _load(dy, base + nil, front, end, head, H, DV, BT, BV)
+    left = _load(mask, base + nil, front, end, head, H, BT, BT, BT)
+    written = (step[:, None] * _get(rows, nil, DV, BT, BV)).to(kind)
+    pair = left * tl.dot(outer, tl.trans(written), input_precision=PRECISION)
+    tl.store(pairs + square, pair.to(kind), mask=whole)
+    pair = tl.trans(left) * tl.dot(written, tl.trans(outer), input_precision=PRECISION)
+    tl.store(pairs + BT * BT + square, pair.to(kind), mask=whole)
     tl.debug_barrier()
     beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
     c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
@@ -417,13 +451,14 @@ def _pass_second(
     dc_last = tl.zeros((BV,), tl.float32)
     de_last = tl.zeros((BV,), tl.float32)
     for f in range(0, F, BF):
-        at, inside = _slice(f, DV, F, BV, BF)
-        here, held = _hidden(f, F, BT, BF)
+        still = f * nil
+        at, inside = _slice(f, still, DV, F, BV, BF)
+        here, held = _hidden(f, still, F, BT, BF)
         x = tl.load(xs + here, mask=held, other=0.0)
         a, slope, _ = _gelu_slopes(tl.load(hs + here, mask=held, other=0.0).to(tl.float32))
         mixed += tl.dot(a.to(kind), tl.trans(x), input_precision=PRECISION)
         # The read.
-        given = _load(dy, base, front, end, head, H, DV, BT, BV)
+        given = _load(dy, base + still, front, end, head, H, DV, BT, BV)
         w2 = tl.load(slot + 2 * first + at, mask=inside, other=0.0)
         part = tl.dot(given, w2.to(kind), input_precision=PRECISION)
         dbeta += tl.sum(a * part, 1)
@@ -432,10 +467,10 @@ def _pass_second(
         part = tl.dot(given, s2.to(kind), input_precision=PRECISION)
         dc += tl.sum(a * part, 1)
         dh += c * part
-        dh -= tl.dot(tl.load(pairs + square, mask=whole, other=0.0), x, input_precision=PRECISION)
+        dh -= tl.dot(_get(pairs, still, BT, BT, BT), x, input_precision=PRECISION)
         # The write.
-        dx = -tl.dot(tl.load(pairs + BT * BT + square, mask=whole, other=0.0), a.to(kind), input_precision=PRECISION)
-        write = (step[:, None] * tl.load(rows + wide, mask=real, other=0.0)).to(kind)
+        dx = -tl.dot(_get(pairs + BT * BT, still, BT, BT, BT), a.to(kind), input_precision=PRECISION)
+        write = (step[:, None] * _get(rows, still, DV, BT, BV)).to(kind)
         dw2 = tl.load(carry + 2 * first + at, mask=inside, other=0.0)
         part = tl.dot(write, dw2.to(kind), input_precision=PRECISION)
         dinto_weights -= tl.sum(x.to(tl.float32) * part, 1)
@@ -456,37 +491,41 @@ def _pass_second(
         tl.store(dxs + here, dx.to(kind), mask=held)
         tl.store(carry + 2 * first + at, beta_last * dw2 + from_weights, mask=inside)
         tl.store(carry + 2 * first + second + at, c_last * dw2 + e_last * ds2 + from_momentum, mask=inside)
-    given = _load(dy, base, front, end, head, H, DV, BT, BV)
-    write = (step[:, None] * tl.load(rows + wide, mask=real, other=0.0)).to(kind)
-    left = _load(mask, base, front, end, head, H, BT, BT, BT)
+    outer = _load(dy, base + nil, front, end, head, H, DV, BT, BV)
+    written = (step[:, None] * _get(rows, nil, DV, BT, BV)).to(kind)
+    left = _load(mask, base + nil, front, end, head, H, BT, BT, BT)
     tl.debug_barrier()
     tl.store(pairs + square, (left * mixed).to(kind), mask=whole)
-    mixed *= tl.dot(given, tl.trans(write), input_precision=PRECISION)
-    _store(dmask, -mixed, base, front, end, head, H, BT, BT, BT)
+    mixed *= tl.dot(outer, tl.trans(written), input_precision=PRECISION)
+    last = tl.arange(0, BT) == end - 1
+    mixed = tl.where(last[:, None], dinto_weights[None, :], 0.0) - mixed
+    _store(dmask, mixed, base + nil, front, end, head, H, BT, BT, BT)
     tl.debug_barrier()
-    dwrite -= tl.dot(tl.trans(tl.load(pairs + square, mask=whole, other=0.0)), given, input_precision=PRECISION)
+    dwrite -= tl.dot(tl.trans(_get(pairs, nil, BT, BT, BT)), outer, input_precision=PRECISION)
     tl.store(drows + wide, dwrite, mask=real)
+    _put(dscalars, dbeta + tl.where(last, tl.sum(dbeta_last, 0), 0.0), base + nil, front, end, head, H, BT, 4, 0)
+    _put(dscalars, dc + tl.where(last, tl.sum(dc_last, 0), 0.0), base + nil, front, end, head, H, BT, 4, 1)
+    _put(dscalars, tl.where(last, tl.sum(de_last, 0), 0.0), base + nil, front, end, head, H, BT, 4, 2)
+    _put(dscalars, dinto_momentum, base + nil, front, end, head, H, BT, 4, 3)
     tl.debug_barrier()
-    return dbeta, dc, dinto_weights, dinto_momentum, tl.sum(dbeta_last, 0), tl.sum(dc_last, 0), tl.sum(de_last, 0)
 
 
 @triton.jit
 def _pass_keys(
-    q, k, mask, scalars, carry, slopes, us, hs, dgs, key_rows, pairs, step, base, front, end, head, H,
+    q, k, mask, scalars, dlr, dscalars, carry, slopes, us, hs, dgs, key_rows, pairs, vectors, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """Through what the first layer is written: dg1 to dgs and part of dK to key_rows.
-
-    Returns rowsum(dg1 * G1), and the shares of dA and dE of the last row by place.
+    """Through what the first layer is written: dg1 to dgs, rowsum(dg1 * G1) to dlr, part of dK to key_rows, of the last
+    row's dA to vectors and of its dE to dscalars.
     """
     kind = k.dtype.element_ty
-    square, whole = _rows(BT, BT, BT)
-    key = _load(k, base, front, end, head, H, D, BT, BD)
-    query = _load(q, base, front, end, head, H, D, BT, BD)
-    compared = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-    compared *= tl.trans(_load(mask, base, front, end, head, H, BT, BT, BT))
-    tl.store(pairs + square, compared.to(kind), mask=whole)
+    step = tl.load(vectors + nil + tl.arange(0, BT))
+    square, whole = _rows(nil, BT, BT, BT)
+    query = _load(q, base + nil, front, end, head, H, D, BT, BD)
+    pair = tl.dot(_load(k, base + nil, front, end, head, H, D, BT, BD), tl.trans(query), input_precision=PRECISION)
+    pair *= tl.trans(_load(mask, base + nil, front, end, head, H, BT, BT, BT))
+    tl.store(pairs + square, pair.to(kind), mask=whole)
     tl.debug_barrier()
     into_weights, into_momentum, _, _, _ = _last_row(mask, scalars, base, front, end, head, H, BT)
     into_weights = into_weights[:, None]
@@ -496,14 +535,15 @@ def _pass_keys(
     dinto_weights = tl.zeros((BT,), tl.float32)
     dinto_momentum = tl.zeros((BT,), tl.float32)
     for f in range(0, F, BF):
-        at, inside = _slice(f, D, F, BD, BF)
-        here, held = _hidden(f, F, BT, BF)
+        still = f * nil
+        at, inside = _slice(f, still, D, F, BD, BF)
+        here, held = _hidden(f, still, F, BT, BF)
         dh = tl.load(hs + here, mask=held, other=0.0)
-        dwrite = -tl.dot(tl.load(pairs + square, mask=whole, other=0.0), dh, input_precision=PRECISION)
+        dwrite = -tl.dot(_get(pairs, still, BT, BT, BT), dh, input_precision=PRECISION)
         inner = tl.load(us + here, mask=held, other=0.0).to(tl.float32)
         inner *= tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
         write = step[:, None] * inner
-        key = _load(k, base, front, end, head, H, D, BT, BD)
+        key = _load(k, base + still, front, end, head, H, D, BT, BD)
         dw1 = tl.load(carry + at, mask=inside, other=0.0).to(kind)
         part = tl.dot(key, dw1, input_precision=PRECISION)
         dinto_weights -= tl.sum(write * part, 1)
@@ -516,27 +556,30 @@ def _pass_keys(
         dkey -= into_momentum * tl.dot(write.to(kind), tl.trans(ds1), input_precision=PRECISION)
         dstep += tl.sum(dwrite * inner, 1)
         tl.store(dgs + here, dwrite.to(kind), mask=held)
-    wide, real = _rows(D, BT, BD)
+    wide, real = _rows(nil, D, BT, BD)
     tl.store(key_rows + wide, dkey, mask=real)
+    tl.store(vectors + 7 * BT + nil + tl.arange(0, BT), dinto_weights)
+    _put(dlr, dstep, base + nil, front, end, head, H, BT, 1, 0)
+    dinto_momentum += _gate(dscalars, base + nil, front, end, head, H, BT, 4, 3)
     tl.debug_barrier()
-    return dstep, dinto_weights, dinto_momentum
+    _put(dscalars, dinto_momentum, base + nil, front, end, head, H, BT, 4, 3)
+    tl.debug_barrier()
 
 
 @triton.jit
 def _pass_first(
-    q, k, dy, mask, scalars, dq, dmask, slot, carry, slopes, us, hs, pairs, step, dinto_weights, base, front, end, head, H,
+    q, k, dy, mask, scalars, dq, dmask, dscalars, slot, carry, slopes, us, hs, pairs, vectors, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr, RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """Through the first layer's read: dQ, the rest of dA to dmask, dW1 and dS1 carried on, and M1 to pairs.
-
-    Returns the shares of dbeta and dc by row, and of the last row's dbeta, dc and de.
-    """
+    """Through the first layer's read: dQ, dW1 and dS1 carried on, M1 to pairs, and the rest of dmask and dscalars."""
     kind = k.dtype.element_ty
+    step = tl.load(vectors + nil + tl.arange(0, BT))
     beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
     c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
-    last = (base + end - 1) * H + head
-    beta_last, c_last, e_last = tl.load(scalars + last * 4), tl.load(scalars + last * 4 + 1), tl.load(scalars + last * 4 + 2)
+    token = (base + end - 1) * H + head
+    beta_last, c_last = tl.load(scalars + token * 4), tl.load(scalars + token * 4 + 1)
+    e_last = tl.load(scalars + token * 4 + 2)
     mixed = tl.zeros((BT, BT), tl.float32)
     dquery = tl.zeros((BT, BD), tl.float32)
     dbeta = tl.zeros((BT,), tl.float32)
@@ -545,13 +588,14 @@ def _pass_first(
     dc_last = tl.zeros((BD,), tl.float32)
     de_last = tl.zeros((BD,), tl.float32)
     for f in range(0, F, BF):
-        at, inside = _slice(f, D, F, BD, BF)
-        here, held = _hidden(f, F, BT, BF)
+        still = f * nil
+        at, inside = _slice(f, still, D, F, BD, BF)
+        here, held = _hidden(f, still, F, BT, BF)
         dh = tl.load(hs + here, mask=held, other=0.0)
         write = step[:, None] * tl.load(us + here, mask=held, other=0.0).to(tl.float32)
         write *= tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
         mixed += tl.dot(dh, tl.trans(write.to(kind)), input_precision=PRECISION)
-        query = _load(q, base, front, end, head, H, D, BT, BD)
+        query = _load(q, base + still, front, end, head, H, D, BT, BD)
         w1 = tl.load(slot + at, mask=inside, other=0.0)
         part = tl.dot(dh, tl.trans(w1.to(kind)), input_precision=PRECISION)
         dbeta += tl.sum(query.to(tl.float32) * part, 1)
@@ -571,68 +615,90 @@ def _pass_first(
         tl.debug_barrier()
         tl.store(carry + at, beta_last * dw1 + from_weights, mask=inside)
         tl.store(carry + D * F + at, c_last * dw1 + e_last * ds1 + from_momentum, mask=inside)
-    key = _load(k, base, front, end, head, H, D, BT, BD)
-    pair = (mixed * _load(mask, base, front, end, head, H, BT, BT, BT)).to(kind)
-    square, whole = _rows(BT, BT, BT)
+    key = _load(k, base + nil, front, end, head, H, D, BT, BD)
+    pair = (mixed * _load(mask, base + nil, front, end, head, H, BT, BT, BT)).to(kind)
+    square, whole = _rows(nil, BT, BT, BT)
     tl.store(pairs + square, pair, mask=whole)
     dquery -= tl.dot(pair, key, input_precision=PRECISION)
     if RESIDUAL:
-        dquery += _load(dy, base, front, end, head, H, D, BT, BD).to(tl.float32)
-    _store(dq, dquery, base, front, end, head, H, D, BT, BD)
-    query = _load(q, base, front, end, head, H, D, BT, BD)
-    mixed *= tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    dleft = _load(dmask, base, front, end, head, H, BT, BT, BT) - mixed
-    dleft += tl.where(tl.arange(0, BT)[:, None] == end - 1, dinto_weights[None, :], 0.0)
+        dquery += _load(dy, base + nil, front, end, head, H, D, BT, BD).to(tl.float32)
+    _store(dq, dquery, base + nil, front, end, head, H, D, BT, BD)
+    mixed *= tl.dot(_load(q, base + nil, front, end, head, H, D, BT, BD), tl.trans(key), input_precision=PRECISION)
+    dleft = _load(dmask, base + nil, front, end, head, H, BT, BT, BT) - mixed
+    last = tl.arange(0, BT) == end - 1
+    dinto_weights = tl.load(vectors + 7 * BT + nil + tl.arange(0, BT))
+    dleft += tl.where(last[:, None], dinto_weights[None, :], 0.0)
+    dbeta += _gate(dscalars, base + nil, front, end, head, H, BT, 4, 0) + tl.where(last, tl.sum(dbeta_last, 0), 0.0)
+    dc += _gate(dscalars, base + nil, front, end, head, H, BT, 4, 1) + tl.where(last, tl.sum(dc_last, 0), 0.0)
+    de = _gate(dscalars, base + nil, front, end, head, H, BT, 4, 2) + tl.where(last, tl.sum(de_last, 0), 0.0)
     tl.debug_barrier()
-    _store(dmask, dleft, base, front, end, head, H, BT, BT, BT)
-    return dbeta, dc, tl.sum(dbeta_last, 0), tl.sum(dc_last, 0), tl.sum(de_last, 0)
+    _store(dmask, dleft, base + nil, front, end, head, H, BT, BT, BT)
+    _put(dscalars, dbeta, base + nil, front, end, head, H, BT, 4, 0)
+    _put(dscalars, dc, base + nil, front, end, head, H, BT, 4, 1)
+    _put(dscalars, de, base + nil, front, end, head, H, BT, 4, 2)
+    tl.debug_barrier()
 
 
 @triton.jit
 def _pass_inner(
-    k, dv, b1, b2, db1, db2, dk, q, xs, slopes, curves, us, dxs, dgs, rows, drows, key_rows, pairs,
-    step, by_norm, k_square, u_square, x_square, g_square, base, front, end, head, H,
+    q, k, dk, dv, dlr, b1, b2, db1, db2, xs, slopes, curves, us, dxs, dgs, rows, drows, key_rows, pairs,
+    vectors, base, front, end, head, H, nil, limit,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Through the inner gradient, in two passes: dV, dK, and the gradient of the weights it is taken at, added to db1 and db2."""
+    """Through the clamp and the inner gradient: dlr, dV, dK, and the gradient of the weights it is taken at, added to db1 and db2."""
     kind = k.dtype.element_ty
-    wide, real = _rows(DV, BT, BV)
-    dgrad = step[:, None] * tl.load(drows + wide, mask=real, other=0.0)
+    i = nil + tl.arange(0, BT)
+    step = tl.load(vectors + i)
+    dgrad = _get(drows, nil, DV, BT, BV)
+    dstep = _gate(dlr, base + nil, front, end, head, H, BT, 1, 0)
+    dstep += tl.sum(dgrad * _get(rows, nil, DV, BT, BV), 1)
+    dgrad *= step[:, None]
+    dtheta = dstep
     if CLAMP:
-        dgrad += (by_norm * x_square)[:, None] * tl.load(rows + wide, mask=real, other=0.0)
+        # Of n, over n: what every gradient that n is made of gets, times its own partner's square.
+        norm = tl.load(vectors + 2 * BT + i)
+        by_norm = tl.where(norm > limit, -step * dstep / tl.maximum(norm * norm, limit * limit), 0.0)
+        by_key = by_norm * tl.load(vectors + 3 * BT + i)
+        by_inner = by_norm * tl.load(vectors + 4 * BT + i)
+        by_grad = by_norm * tl.load(vectors + 6 * BT + i)
+        dgrad += (by_norm * tl.load(vectors + 5 * BT + i))[:, None] * _get(rows, nil, DV, BT, BV)
+        dtheta *= tl.load(vectors + BT + i)
+    tl.debug_barrier()
+    _put(dlr, dtheta, base + nil, front, end, head, H, BT, 1, 0)
     for f in range(0, F, BF):
-        at, inside = _slice(f, DV, F, BV, BF)
-        here, held = _hidden(f, F, BT, BF)
+        still = f * nil
+        at, inside = _slice(f, still, DV, F, BV, BF)
+        here, held = _hidden(f, still, F, BT, BF)
         slope = tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
         dinner = step[:, None] * tl.load(dgs + here, mask=held, other=0.0).to(tl.float32)
         if CLAMP:
-            dinner += (by_norm * k_square)[:, None] * slope * tl.load(us + here, mask=held, other=0.0).to(tl.float32)
+            dinner += by_key[:, None] * slope * tl.load(us + here, mask=held, other=0.0).to(tl.float32)
         weight = tl.load(b2 + at, mask=inside, other=0.0).to(kind)
         dgrad += tl.dot((dinner * slope).to(kind), tl.trans(weight), input_precision=PRECISION)
-    _store(dv, -dgrad, base, front, end, head, H, DV, BT, BV)
-    tall, held_key = _rows(D, BT, BD)
-    dkey = tl.load(key_rows + tall, mask=held_key, other=0.0)
+    _store(dv, -dgrad, base + nil, front, end, head, H, DV, BT, BV)
+    dkey = _get(key_rows, nil, D, BT, BD)
     if RESIDUAL and L2:
         dkey += dgrad
     tl.debug_barrier()
     for f in range(0, F, BF):
-        at1, inside1 = _slice(f, D, F, BD, BF)
-        at2, inside2 = _slice(f, DV, F, BV, BF)
-        here, held = _hidden(f, F, BT, BF)
+        still = f * nil
+        at1, inside1 = _slice(f, still, D, F, BD, BF)
+        at2, inside2 = _slice(f, still, DV, F, BV, BF)
+        here, held = _hidden(f, still, F, BT, BF)
         slope = tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
         u = tl.load(us + here, mask=held, other=0.0).to(tl.float32)
         x = tl.load(xs + here, mask=held, other=0.0)
         dinner = step[:, None] * tl.load(dgs + here, mask=held, other=0.0).to(tl.float32)
         if CLAMP:
-            dinner += (by_norm * k_square)[:, None] * slope * u
-        grad = tl.load(rows + wide, mask=real, other=0.0).to(kind)
+            dinner += by_key[:, None] * slope * u
+        grad = _get(rows, still, DV, BT, BV).to(kind)
         change2 = tl.dot(tl.trans(grad), (dinner * slope).to(kind), input_precision=PRECISION)
         dx = tl.load(dxs + here, mask=held, other=0.0).to(tl.float32)
         if CLAMP:
-            dx += (by_norm * g_square)[:, None] * x.to(tl.float32)
+            dx += by_grad[:, None] * x.to(tl.float32)
         if L2:
-            negative = _load(dv, base, front, end, head, H, DV, BT, BV)
+            negative = _load(dv, base + still, front, end, head, H, DV, BT, BV)
             weight = tl.load(b2 + at2, mask=inside2, other=0.0).to(kind)
             dx -= tl.dot(negative, weight, input_precision=PRECISION)
             change2 -= tl.dot(tl.trans(negative), x, input_precision=PRECISION)
@@ -640,26 +706,25 @@ def _pass_inner(
         dz = (dinner * u * tl.load(curves + here, mask=held, other=0.0).to(tl.float32) + dx * slope).to(kind)
         weight = tl.load(b1 + at1, mask=inside1, other=0.0).to(kind)
         dkey += tl.dot(dz, tl.trans(weight), input_precision=PRECISION)
-        key = _load(k, base, front, end, head, H, D, BT, BD)
+        key = _load(k, base + still, front, end, head, H, D, BT, BD)
         change1 = tl.dot(tl.trans(key), dz, input_precision=PRECISION)
         change1 += tl.load(db1 + at1, mask=inside1, other=0.0)
         tl.debug_barrier()
         tl.store(db1 + at1, change1, mask=inside1)
         tl.store(db2 + at2, change2, mask=inside2)
     if CLAMP:
-        dkey += (by_norm * u_square)[:, None] * _load(k, base, front, end, head, H, D, BT, BD).to(tl.float32)
-    square, whole = _rows(BT, BT, BT)
-    query = _load(q, base, front, end, head, H, D, BT, BD)
-    dkey -= tl.dot(tl.trans(tl.load(pairs + square, mask=whole, other=0.0)), query, input_precision=PRECISION)
-    _store(dk, dkey, base, front, end, head, H, D, BT, BD)
+        dkey += by_inner[:, None] * _load(k, base + nil, front, end, head, H, D, BT, BD).to(tl.float32)
+    query = _load(q, base + nil, front, end, head, H, D, BT, BD)
+    dkey -= tl.dot(tl.trans(_get(pairs, nil, BT, BT, BT)), query, input_precision=PRECISION)
+    _store(dk, dkey, base + nil, front, end, head, H, D, BT, BD)
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["T", "numbers", "every"])
+@triton.jit(do_not_specialize=["T", "numbers", "every", "zero"])
 def _backward_kernel(
     q, k, v, lr, mask, scalars, w1, w2, m1, m2, s1, s2, boundaries, slot_starts, dy, gw1, gw2, gm1, gm2, gs1, gs2,
     dq, dk, dv, dlr, dmask, dscalars, dw1, dw2, dm1, dm2, ds1, ds2,
-    states, hidden, rows, pairs, position, cu_seqlens, T, H, numbers, every, limit,
+    states, hidden, rows, pairs, position, cu_seqlens, T, H, numbers, every, zero, limit,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
     HAS_POSITION: tl.constexpr, HAS_FINAL: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
@@ -685,11 +750,11 @@ def _backward_kernel(
     hs = us + BT * F
     dxs = hs + BT * F
     dgs = dxs + BT * F
-    grad_rows = rows + program * (BT * (D + 2 * DV))
+    grad_rows = rows + program * (BT * (D + 2 * DV + 8))
     dgrad_rows = grad_rows + BT * DV
     key_rows = dgrad_rows + BT * DV
     pair_rows = pairs + program * (2 * BT * BT)
-    i = tl.arange(0, BT)
+    vectors = key_rows + BT * D
     if not HAS_POSITION:
         _clear(dw1 + program * first, first)
         _clear(dw2 + program * second, second)
@@ -727,66 +792,51 @@ def _backward_kernel(
                 tl.debug_barrier()
             for chunk in range(begin, stop - 1):
                 base, front, end = _chunk(n, chunk, position, cu_seqlens, T, BT, HAS_POSITION, VARLEN)
+                nil = (chunk + 1) * zero
                 slot = slots + (chunk - begin) * size
                 b1 = tl.where(front > 0, (every - chunk + begin) * size, 0)
                 b2 = tl.where(front > 0, (every - chunk + begin) * size + first, 2 * first)
-                theta, factor, _, _, _, _, _ = _inner_gradient(
-                    k, v, lr, slot + b1, slot + b2, xs, slopes, curves, us, grad_rows, base, front, end, head, H, limit,
+                _inner_gradient(
+                    k, v, lr, slot + b1, slot + b2, xs, slopes, curves, us, grad_rows, vectors, base, front, end, head, H, nil, limit,
                     D, F, DV, RESIDUAL, L2, CLAMP, False, PRECISION, BT, BD, BF, BV,
                 )  # fmt: skip
                 _advance(
-                    q, k, dy, mask, scalars, slot, slot + size, xs, slopes, us, grad_rows, pair_rows, theta * factor,
-                    base, front, end, head, H, start, False, D, F, DV, RESIDUAL, False, PRECISION, BT, BD, BF, BV,
+                    q, k, dy, mask, scalars, slot, slot + size, xs, slopes, us, grad_rows, pair_rows, vectors,
+                    base, front, end, head, H, nil, start, False, D, F, DV, RESIDUAL, False, PRECISION, BT, BD, BF, BV,
                 )  # fmt: skip
             for back in range(begin, stop):
                 chunk = begin + stop - 1 - back
                 base, front, end = _chunk(n, chunk, position, cu_seqlens, T, BT, HAS_POSITION, VARLEN)
+                nil = (chunk + 1) * zero
                 slot = slots + (chunk - begin) * size
                 b1 = tl.where(front > 0, (every - chunk + begin) * size, 0)
                 b2 = tl.where(front > 0, (every - chunk + begin) * size + first, 2 * first)
-                theta, factor, norm, k_square, u_square, x_square, g_square = _inner_gradient(
-                    k, v, lr, slot + b1, slot + b2, xs, slopes, curves, us, grad_rows, base, front, end, head, H, limit,
+                _inner_gradient(
+                    k, v, lr, slot + b1, slot + b2, xs, slopes, curves, us, grad_rows, vectors, base, front, end, head, H, nil, limit,
                     D, F, DV, RESIDUAL, L2, CLAMP, True, PRECISION, BT, BD, BF, BV,
                 )  # fmt: skip
-                step = theta * factor
                 _pass_hidden(
-                    q, k, mask, scalars, slot, slopes, us, hs, pair_rows, step, base, front, end, head, H,
+                    q, k, mask, scalars, slot, slopes, us, hs, pair_rows, vectors, base, front, end, head, H, nil,
                     D, F, PRECISION, BT, BD, BF,
                 )  # fmt: skip
-                dbeta, dc, dinto_weights, dinto_momentum, dbeta_last, dc_last, de_last = _pass_second(
-                    k, dy, mask, scalars, dmask, slot, carry, xs, hs, dxs, grad_rows, dgrad_rows, pair_rows, step,
-                    base, front, end, head, H, D, F, DV, PRECISION, BT, BF, BV,
+                _pass_second(
+                    k, dy, mask, scalars, dmask, dscalars, slot, carry, xs, hs, dxs, grad_rows, dgrad_rows, pair_rows, vectors,
+                    base, front, end, head, H, nil, D, F, DV, PRECISION, BT, BF, BV,
                 )  # fmt: skip
-                dstep, more_weights, more_momentum = _pass_keys(
-                    q, k, mask, scalars, carry, slopes, us, hs, dgs, key_rows, pair_rows, step, base, front, end, head, H,
-                    D, F, PRECISION, BT, BD, BF,
+                _pass_keys(
+                    q, k, mask, scalars, dlr, dscalars, carry, slopes, us, hs, dgs, key_rows, pair_rows, vectors,
+                    base, front, end, head, H, nil, D, F, PRECISION, BT, BD, BF,
                 )  # fmt: skip
-                more_beta, more_c, more_beta_last, more_c_last, more_e_last = _pass_first(
-                    q, k, dy, mask, scalars, dq, dmask, slot, carry, slopes, us, hs, pair_rows, step, dinto_weights + more_weights,
-                    base, front, end, head, H, D, F, RESIDUAL, PRECISION, BT, BD, BF,
+                _pass_first(
+                    q, k, dy, mask, scalars, dq, dmask, dscalars, slot, carry, slopes, us, hs, pair_rows, vectors,
+                    base, front, end, head, H, nil, D, F, RESIDUAL, PRECISION, BT, BD, BF,
                 )  # fmt: skip
-                token = (base + i) * H + head
-                there = (i >= front) & (i < end)
-                last = i == end - 1
-                dbeta += more_beta + tl.where(last, dbeta_last + more_beta_last, 0.0)
-                dc += more_c + tl.where(last, dc_last + more_c_last, 0.0)
-                tl.store(dscalars + token * 4, dbeta, mask=there)
-                tl.store(dscalars + token * 4 + 1, dc, mask=there)
-                tl.store(dscalars + token * 4 + 2, tl.where(last, de_last + more_e_last, 0.0), mask=there)
-                tl.store(dscalars + token * 4 + 3, dinto_momentum + more_momentum, mask=there)
-                tl.debug_barrier()
-                # Step sizes and their clamp.
-                wide, real = _rows(DV, BT, BV)
-                grad = tl.load(grad_rows + wide, mask=real, other=0.0)
-                dstep += tl.sum(grad * tl.load(dgrad_rows + wide, mask=real, other=0.0), 1)
-                tl.store(dlr + token, dstep * factor, mask=there)
-                by_norm = tl.where(norm > limit, -step * dstep / tl.maximum(norm * norm, limit * limit), 0.0)
                 into1 = tl.where(front > 0, size, 0)
                 into2 = tl.where(front > 0, size + first, 2 * first)
                 _pass_inner(
-                    k, dv, slot + b1, slot + b2, carry + into1, carry + into2, dk, q, xs, slopes, curves, us, dxs, dgs,
-                    grad_rows, dgrad_rows, key_rows, pair_rows, step, by_norm, k_square, u_square, x_square, g_square,
-                    base, front, end, head, H, D, F, DV, RESIDUAL, L2, CLAMP, PRECISION, BT, BD, BF, BV,
+                    q, k, dk, dv, dlr, slot + b1, slot + b2, carry + into1, carry + into2, xs, slopes, curves, us, dxs, dgs,
+                    grad_rows, dgrad_rows, key_rows, pair_rows, vectors, base, front, end, head, H, nil, limit,
+                    D, F, DV, RESIDUAL, L2, CLAMP, PRECISION, BT, BD, BF, BV,
                 )  # fmt: skip
                 if HAS_FINAL:  # noqa: SIM102
                     if (chunk == count - 1) & (front == 0) & (closed == 0):
@@ -835,13 +885,13 @@ def mlp_forward(call, mask: Tensor, scalars: Tensor, y: Tensor, final: list[Tens
     hidden = call.weights[0].shape[-1]
     states = call.q.new_empty(call.programs, 3 * sum(sizes), dtype=torch.float32)
     scratch = call.q.new_empty(call.programs, 3, call.chunk, hidden)
-    rows = call.q.new_empty(call.programs, call.chunk, call.value_dim, dtype=torch.float32)
+    rows = call.q.new_empty(call.programs, call.chunk, call.value_dim + 8, dtype=torch.float32)
     pairs = call.q.new_empty(call.programs, call.chunk, call.chunk)
     none = [None, None]
     _forward_kernel[(call.programs,)](
         call.q, call.k, call.v, call.lr, mask, scalars, *call.weights, *(call.state_momentum or none), *(call.state_start or none),
         y, *(final or none * 3), boundaries, None if boundaries is None else call.slot_starts(), states, scratch, rows, pairs,
-        call.position, call.cu_seqlens, call.length, call.heads, call.sequences * call.heads, call.every, call.max_grad_norm or 1.0,
+        call.position, call.cu_seqlens, call.length, call.heads, call.sequences * call.heads, call.every, 0, call.max_grad_norm or 1.0,
         HAS_FINAL=final is not None, KEEP=boundaries is not None, **_options(call, FORWARD),
     )  # fmt: skip
 
@@ -856,7 +906,7 @@ def mlp_backward(
     new, programs = call.q.new_empty, call.programs
     states = new(programs, (2 * (call.every + 1) + 2) * sum(sizes), dtype=torch.float32)
     scratch = new(programs, 7, call.chunk, hidden)
-    rows = new(programs, call.chunk, call.dim + 2 * call.value_dim, dtype=torch.float32)
+    rows = new(programs, call.chunk, call.dim + 2 * call.value_dim + 8, dtype=torch.float32)
     pairs = new(programs, 2, call.chunk, call.chunk)
     none = [None, None]
     given = (*call.weights, *(call.state_momentum or none), *(call.state_start or none))
@@ -868,7 +918,7 @@ def mlp_backward(
         call.q, call.k, call.v, call.lr, mask, scalars, *given, boundaries, call.slot_starts(), dy, *(dfinal or none * 3),
         dq, dk, dv, dlr, dmask, dscalars, *dmemory, *(none * 2 if call.position is None else ()),
         states, scratch, rows, pairs, call.position, call.cu_seqlens, call.length, call.heads, call.sequences * call.heads,
-        call.every, call.max_grad_norm or 1.0, HAS_FINAL=dfinal is not None, **_options(call, BACKWARD),
+        call.every, 0, call.max_grad_norm or 1.0, HAS_FINAL=dfinal is not None, **_options(call, BACKWARD),
     )  # fmt: skip
     if call.position is None:
         return [x.unflatten(0, (-1, call.heads)).sum(0) for x in dmemory]
@@ -887,8 +937,8 @@ def mlp_specs(capability: int) -> Iterator[CompileSpec]:
     inputs = {**dict.fromkeys(("q", "k", "v", "lr"), "*bf16"), **dict.fromkeys(("mask", "scalars"), "*fp32")}
     memory = dict.fromkeys(("w1", "w2", "m1", "m2", "s1", "s2"), "*fp32")
     shared = {
-        **inputs, **memory, "boundaries": "*fp32", "slot_starts": "*i64", "states": "*fp32", "hidden": "*bf16", "position": "*i64",
-        "cu_seqlens": "*i64", "T": "i32", "H": "i32", "numbers": "i32", "every": "i32", "limit": "fp32",
+        **inputs, **memory, "boundaries": "*fp32", "slot_starts": "*i64", "states": "*fp32", "hidden": "*bf16", "rows": "*fp32", "pairs": "*bf16", "position": "*i64",
+        "cu_seqlens": "*i64", "T": "i32", "H": "i32", "numbers": "i32", "every": "i32", "zero": "i32", "limit": "fp32",
     }  # fmt: skip
 
     def specs(name, kernel, table, signature, constants):
@@ -913,7 +963,6 @@ def mlp_specs(capability: int) -> Iterator[CompileSpec]:
     yield from specs("mlp forward", _forward_kernel, FORWARD, {**shared, "y": "*bf16", **final}, {**flags, "KEEP": True})
     grads = {
         **dict.fromkeys(("gw1", "gw2", "gm1", "gm2", "gs1", "gs2", "dw1", "dw2", "dm1", "dm2", "ds1", "ds2"), "*fp32"),
-        **dict.fromkeys(("dy", "dq", "dk", "dv"), "*bf16"), **dict.fromkeys(("dlr", "dmask", "dscalars", "rows"), "*fp32"),
-        "pairs": "*bf16",
+        **dict.fromkeys(("dy", "dq", "dk", "dv"), "*bf16"), **dict.fromkeys(("dlr", "dmask", "dscalars"), "*fp32"),
     }  # fmt: skip
     yield from specs("mlp backward", _backward_kernel, BACKWARD, {**shared, **grads}, flags)
