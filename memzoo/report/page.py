@@ -227,7 +227,7 @@ def _suite(suite: str, tasks: Sequence[Task], parts: dict, models: Sequence[Mode
         out += "<h3>By depth and length</h3>" + _figures(parts["heat"])
     if parts["length"]:
         out += "<h3>By length</h3>" + _figures(parts["length"])
-    if behind := [plot for plot in parts["cost"] if plot.best < WORTH]:
+    if behind := [plot for plot in parts["cost"] if plot.best < WORTH] + parts["cost by task"]:
         out += "<h3>Against cost</h3>" + _figures(behind)
     if parts["position"]:
         out += "<h3>By position</h3>" + _figures(parts["position"])

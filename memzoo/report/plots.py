@@ -211,6 +211,12 @@ def _mark_training(axes, models: Sequence[Model]) -> None:
     distinct = {n for n, _ in known}
     for n in sorted(distinct):
         if not low < n < high:
+            text = f"← trained at {short_length(n)}" if n <= low else f"trained at {short_length(n)} →"
+            if len(distinct) == 1:
+                axes.annotate(
+                    text, xy=(float(n > low), 1), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points", fontsize=9,
+                    color=MUTED, ha="right" if n > low else "left", va="bottom",
+                )  # fmt: skip
             continue
         shared = len(distinct) == 1
         line = INK if shared else colour(next(i for m, i in known if m == n))
@@ -227,7 +233,7 @@ def _place(figure, right: float = 0.735, left: float = 0.135, top: float = 0.85,
 
 
 def _title(figure, text: str, left: float = 0.02) -> None:
-    size = min(10.5, figure.get_size_inches()[0] * 72 * (0.99 - left) / (0.695 * len(text)))  # DejaVu Sans Bold's mean width
+    size = min(10.5, figure.get_size_inches()[0] * 72 * (0.99 - left) / (0.62 * len(text)))  # DejaVu Sans Bold's mean width
     figure.text(left, 0.985, text, ha="left", va="top", fontsize=size, fontweight="bold", color=INK)
 
 
@@ -275,7 +281,7 @@ def against_length(name: str, title: str, found: dict[int, list[Point]], models:
             aside = 2 ** (0.05 * (number - (len(drawn) - 1) / 2)) if len(drawn) <= 6 else 1.0  # so that equal scores all show
             _draw_curve(axes, [p.length * aside for p in points], ys, [p.span for p in points], model.index)
             ends.append((points[-1].length * aside, ys[-1], model.label, model.index))
-        chances = {p.length: p.cell["chance"] for points in found.values() for p in points if p.cell.get("chance")}
+        chances = {p.length: p.cell["chance"] for points in found.values() for p in points if (p.cell.get("chance") or 0) > 0.02}
         if chances and share and "mean of" not in title:
             lengths = sorted(chances)
             axes.plot(lengths, [chances[n] for n in lengths], color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
@@ -487,7 +493,9 @@ def _heat_panel(axes, model: Model, cells: dict, lengths: list[int], depths: lis
     about = [task.metric.replace("_", " ") if together else task.title] + ([f"{each} documents a cell"] if each else [])
     trained = model.training_length
     inside = sum(n <= trained for n in lengths) if trained else 0
-    if inside:
+    if trained and not inside:
+        about.append(f"trained at {short_length(trained)}")
+    elif inside:
         axes.axvline(inside - 0.5, color=INK, linestyle=(0, (4, 3)), linewidth=1.3, zorder=4)
         about.append(f"trained at {short_length(trained)} (dashed)")
     axes.annotate(
@@ -568,18 +576,26 @@ def _powers(low: float, high: float) -> list[int]:
     return [2**e for e in range(40) if low <= 2**e <= high] or [int(low), int(high)]
 
 
+def _costs(name: str, title: str, points: dict[int, list[Point]], models: Sequence[Model], metric: str) -> list[Plot]:
+    drawn = []
+    for cost, called in (("state_bytes", "state"), ("flops_per_token", "FLOPs per token")):
+        plot = against_cost(slug(cost, name), f"{title}: {metric} against {called}", points, models, metric, cost)
+        drawn += [plot] if plot else []
+    return drawn
+
+
 def suite_plots(suite: str, tasks: Sequence[Task], results: Results) -> dict[str, list[Plot]]:
-    """Everything drawn of one suite: "cost", "length", "position" and "heat", and in "together" the heat maps of a task's models in one."""
-    models, found = results.models, {"cost": [], "length": [], "position": [], "heat": [], "together": []}
+    """Everything drawn of one suite: "cost" (and "cost by task" where several can be done), "length", "position", "heat", and in "together"
+    the heat maps of a task's models in one."""
+    models = results.models
+    found: dict[str, list[Plot]] = {part: [] for part in ("cost", "cost by task", "length", "position", "heat", "together")}
     chosen, points = averages([task for task in tasks if task.share], models)
     if chosen:
         metric = chosen[0].metric.replace("_", " ")
         what = f"{suite}, mean of {len(chosen)} tasks" if len(chosen) > 1 else chosen[0].title
         if len(chosen) > 1:
             found["length"].append(against_length(slug("length", suite, "mean"), f"{what}: {metric}", points, models, metric, True))
-        for cost, called in (("state_bytes", "state"), ("flops_per_token", "FLOPs per token")):
-            plot = against_cost(slug(cost, suite), f"{what}: {metric} against {called}", points, models, metric, cost)
-            found["cost"] += [plot] if plot else []
+        found["cost"] = _costs(suite, what, points, models, metric)
     for task in tasks:
         positions = [plot for unit in ("bits_per_byte", "loss") if (plot := by_position(task, models, unit))][:1]
         found["position"] += positions
@@ -588,6 +604,8 @@ def suite_plots(suite: str, tasks: Sequence[Task], results: Results) -> dict[str
             title = f"{task.title}: {task.metric.replace('_', ' ')} by length"
             name = slug("length", *dict.fromkeys((suite, task.title)))
             found["length"].append(against_length(name, title, points, models, task.metric, task.share))
+        if task.share and len(chosen) > 1 and max((p.value for ps in points.values() for p in ps), default=0) >= 0.5:
+            found["cost by task"] += _costs(task.title, task.title, points, models, task.metric)
         name = slug("heatmap", task.title)
         panels = []
         for model in models:
