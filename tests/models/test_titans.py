@@ -116,26 +116,33 @@ class Attention:
     """Softmax attention with persistent vectors; keeps every row and is told which to see."""
 
     def __init__(self, layer, config):
-        self.p, self.c, self.rows = dict(layer.named_parameters()), config, []
+        self.p, self.c, self.rows, self.past = dict(layer.named_parameters()), config, [], {}
         for vector in self.p.get("persistent", ()):
-            self.add(vector, None)
+            self.rows.append([(self.p[f"{which}_proj.weight"] @ vector).view(-1, config.head_dim) for which in "kv"])
         self.persistent = len(self.rows)
 
-    def heads(self, which, x, position):
-        x = (self.p[f"{which}_proj.weight"] @ x).view(-1, self.c.head_dim)
-        if which == "v" or position is None or self.c.position_embedding == "none":
+    def heads(self, which, x, position, name):
+        """Projection, convolution over this stream's own past, rotary positions of queries and keys; [H, D]."""
+        past = self.past.setdefault((which, name), [])
+        past.append(self.p[f"{which}_proj.weight"] @ x)
+        x = past[-1]
+        if self.c.attention_conv_width:
+            taps = self.p[f"convolutions.{which}.weight"]
+            x = sum(taps[:, -1 - back] * past[-1 - back] for back in range(min(self.c.attention_conv_width, len(past))))
+        x = x.view(-1, self.c.head_dim)
+        if which == "v" or self.c.position_embedding == "none":
             return x
         half = self.c.head_dim // 2
         angle = position / 10000.0 ** (torch.arange(half, dtype=torch.float64) / half)
         a, b = x[:, :half], x[:, half:]
         return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
 
-    def add(self, x, position):
-        self.rows.append((self.heads("k", x, position), self.heads("v", x, position)))
+    def add(self, x, position, name="tokens"):
+        self.rows.append([self.heads(which, x, position, name) for which in "kv"])
 
     def see(self, x, position, rows):
         """x looks at the persistent rows and the last `rows` others."""
-        q = self.heads("q", x, position)
+        q = self.heads("q", x, position, "tokens")
         seen = self.rows[: self.persistent] + (self.rows[-rows:] if rows else [])
         group = self.c.num_attention_heads // self.c.num_key_value_heads
         out = []
@@ -167,7 +174,7 @@ def as_context(layer, config, xs):
     for t, x in enumerate(xs):
         if t % config.segment_length == 0:
             before = memory.M
-        attention.add(memory.read(before, x, "context"), t)  # h_t
+        attention.add(memory.read(before, x, "context"), t, "retrieved")  # h_t
         attention.add(x, t)
         y = attention.see(x, t, 2 * (t % config.segment_length + 1))
         out.append(gated(layer.gate, config, x, y, memory.write_and_read(y)))
@@ -208,9 +215,10 @@ def last_hidden_state(model, ids):
 CHANGES = [
     {}, {"gate": "mix"}, {"num_key_value_heads": 1}, {"position_embedding": "rotary"}, {"num_persistent_tokens": 0},
     {"num_persistent_tokens": 3}, {"memory_layers": [1]}, {"memory_layers": []}, {"memory_depth": 1}, {"memory_depth": 3},
-    {"memory_residual": False}, {"conv_width": 0}, {"conv_width": 1}, {"momentum": False}, {"decay": False}, {"inner_loss": "dot"},
-    {"output_gate": False}, {"max_grad_norm": 0.2}, {"max_grad_norm": None, "lr_max": 0.05}, {"chunk_size": 1}, {"chunk_size": 32},
-    {"segment_length": 1}, {"segment_length": 64, "sliding_window": 2},
+    {"memory_residual": False}, {"conv_width": 0}, {"conv_width": 1}, {"attention_conv_width": 0}, {"attention_conv_width": 4},
+    {"momentum": False}, {"decay": False}, {"inner_loss": "dot"}, {"output_gate": False}, {"max_grad_norm": 0.2},
+    {"max_grad_norm": None, "lr_max": 0.05}, {"chunk_size": 1}, {"chunk_size": 32}, {"segment_length": 1},
+    {"segment_length": 64, "sliding_window": 2},
 ]  # fmt: skip
 
 
@@ -230,7 +238,9 @@ def test_follows_the_equations_token_by_token(variant, changes):
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("changes", [{}, {"memory_layers": [0], "gate": "mix", "conv_width": 0}], ids=["as-is", "mix"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"memory_layers": [0], "gate": "mix", "conv_width": 0, "attention_conv_width": 3}], ids=["as-is", "mix"]
+)
 def test_causal_at_every_position_of_a_segment(variant, changes):
     """Three segments and a bit: no output changes before the first changed token, and that token's own does."""
     model = titans(variant, **changes)
@@ -245,7 +255,7 @@ def test_causal_at_every_position_of_a_segment(variant, changes):
 
 
 def one_layer_of_mac(**changes):
-    return titans("mac", num_hidden_layers=1, conv_width=0, position_embedding="none", **changes)
+    return titans("mac", num_hidden_layers=1, conv_width=0, attention_conv_width=0, position_embedding="none", **changes)
 
 
 def reach(model, ids, position):
@@ -291,7 +301,7 @@ def test_mac_retrieves_from_the_state_before_the_segment():
 
 @pytest.mark.parametrize("variant", ["mag", "mal"])
 def test_attention_alone_reaches_as_far_as_the_window(variant):
-    model = titans(variant, num_hidden_layers=1, memory_layers=[], sliding_window=4)
+    model = titans(variant, num_hidden_layers=1, memory_layers=[], sliding_window=4, attention_conv_width=0)
     assert reach(model, tokens(14), 3) == [3, 4, 5, 6]
 
 
@@ -324,7 +334,7 @@ def test_without_momentum_or_decay(variant, gate):
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_without_convolution(variant):
-    whole, part, gone = same_but(variant, {"conv_width": 0})
+    whole, part, gone = same_but(variant, {"conv_width": 0, "attention_conv_width": 0}, conv_width=4, attention_conv_width=3)
     assert gone and all("convolutions" in name for name in gone)
     ids = tokens(14)
     expected = part(ids).logits
