@@ -223,7 +223,8 @@ def shown(console):
 
         def record(self, record: dict) -> None:
             if not console.is_terminal:
-                said = f"{self.number}/{self.cells} {self.label}: {record['metric']} {figure(record)}, {record['seconds']:.0f} s"
+                score = f"{record['metric']} {figure(record)} of {record['count']}"
+                said = f"{self.number}/{self.cells} {self.label}: {score}, {record['seconds']:.0f} s"
                 console.print(said, highlight=False, soft_wrap=True)
 
         def note(self, text: str) -> None:
@@ -232,10 +233,12 @@ def shown(console):
     return Shown()
 
 
-def figure(record: dict) -> str:
-    """A score with its interval and count."""
-    low_high = " ({:.2f} to {:.2f})".format(*record["interval"]) if record["interval"] else ""
-    return f"{record['value']:.2f}{low_high} of {record['count']}"
+def figure(record: dict, between: str = " (", after: str = ")") -> str:
+    """A score with its interval; a loss that is no number is said to be that."""
+    if record["value"] is None:
+        return "not finite"
+    low, high = record["interval"] or (None, None)
+    return f"{record['value']:.2f}" + (f"{between}{low:.2f}-{high:.2f}{after}" if low is not None else "")
 
 
 def table(records: list[dict]):
@@ -256,11 +259,7 @@ def table(records: list[dict]):
         key = (model["name"], model["path"], record["task"], record["metric"], str(record["settings"]["difficulty"]))
         rows.setdefault(key, {})[record["length"]] = record
     for (name, _, task, metric, _), by_length in rows.items():
-        cells = []
-        for length in lengths:
-            record = by_length.get(length)
-            interval = "\n{:.2f}-{:.2f}".format(*record["interval"]) if record and record["interval"] else ""
-            cells.append(f"{record['value']:.2f}{interval}" if record else "-")
+        cells = [figure(by_length[length], "\n", "") if length in by_length else "-" for length in lengths]
         counts = {record["count"] for record in by_length.values()}
         grid.add_row(name, task, metric.replace("_", " "), "/".join(map(str, sorted(counts))), *cells)
     return grid

@@ -19,7 +19,7 @@ from .niah import score as score_values
 from .ruler import make_cwe, make_fwe, make_vt
 from .symbols import make_copy, make_denoise, make_selective_copy, make_transfer
 
-__all__ = ["SUITES", "TASKS", "SuiteTask", "documents", "find_tasks"]
+__all__ = ["SUITES", "TASKS", "SuiteTask", "documents", "find_tasks", "requests_of"]
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LENGTHS = (512, 1024, 2048, 4096)
@@ -150,3 +150,11 @@ def documents(
     for number in range(count):
         rng = np.random.default_rng([seed, length, zlib.crc32(task.encode()), number])
         yield found.make(tokenizer, length, rng, **difficulty)
+
+
+def requests_of(task: str, document: dict) -> list[tuple[str, str]]:
+    """(context, continuation) of each log-likelihood that a document asks for."""
+    text = document["input"]
+    if TASKS[task].kind == "recall":
+        return [(text[:end], f" {value}") for end, value in zip(document["queries"], document["outputs"])]
+    return [(text[:a], text[a:b]) for a, b in zip(document["cuts"], document["cuts"][1:])]

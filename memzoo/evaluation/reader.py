@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -155,9 +156,8 @@ class MemoryLM(HFLM):
 
     def _groups(self, rows: Sequence[np.ndarray], limits: Sequence[int]) -> list[tuple[int, list[int]]]:
         """(tokens that are read once, rows) so that every row is in one group; a row shares at most its limit."""
-        order = sorted(range(len(rows)), key=lambda i: rows[i].tolist())
         groups: list[tuple[int, list[int]]] = []
-        for i in order:
+        for i in _in_order(rows):
             if groups:
                 shared, members = groups[-1]
                 common = min(_common(rows[members[0]], rows[i]), limits[i])
@@ -250,16 +250,55 @@ class MemoryLM(HFLM):
 
     # Log-likelihoods
 
+    def loglikelihood(self, requests, disable_tqdm: bool = False):
+        if not self.reads_in_pieces:
+            return super().loglikelihood(requests, disable_tqdm=True)
+        encoded = []
+        for _, group in groupby(requests, key=lambda request: id(request.doc)):
+            pairs = [request.args for request in group]
+            together = self._encode_together(pairs)
+            if together is None:
+                together = [self._encode_pair(*pair) if pair[0] else self._encode_alone(pair[1]) for pair in pairs]
+            encoded += [(pair, *ids) for pair, ids in zip(pairs, together)]
+        return self._loglikelihood_tokens(encoded, disable_tqdm=True)
+
+    def _encode_alone(self, said: str) -> tuple[list[int], list[int]]:
+        """Of a text with nothing before it: the prefix token stands there, unless the text brings it."""
+        ids = self.tok_encode(said, add_special_tokens=False)
+        prefix = self.prefix_token_id
+        return ([prefix], ids) if prefix != ids[0] else (ids[:1], ids[1:])
+
+    def _encode_together(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[np.ndarray, list[int]]] | None:
+        """What `_encode_pair` gives for many contexts that are starts of the longest one, which is encoded once; None if it differs.
+
+        The queries of one long sequence would else be encoded each on its own, which takes longer than reading the sequence.
+        """
+        longest = max((context for context, _ in pairs), key=len)
+        if len(pairs) < 4 or not all(context and longest.startswith(context) and said[:1] == " " for context, said in pairs):
+            return None
+        whole = self.tok_encode(longest)
+        encoding = self.tokenizer(longest, return_offsets_mapping=True)
+        if encoding["input_ids"] != whole:
+            return None
+        ids, ends = np.asarray(whole), np.array([end for _, end in encoding["offset_mapping"]])
+        words = {said: self._encode_pair(longest[: len(pairs[0][0])], said)[1] for said in {said for _, said in pairs}}
+        found = [(ids[: np.searchsorted(ends, len(context), side="right")], words[said]) for context, said in pairs]
+        for number in {0, len(pairs) // 2, len(pairs) - 1}:
+            context, said = self._encode_pair(*pairs[number])
+            if context != found[number][0].tolist() or said != found[number][1]:
+                return None
+        return found
+
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         if not self.reads_in_pieces:
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-        inputs = [np.asarray((context + said)[-(self.max_length + 1) :][:-1]) for _, context, said in requests]
+        inputs = [np.concatenate((context, said)).astype(np.int32)[-(self.max_length + 1) :][:-1] for _, context, said in requests]
         targets = [torch.tensor(said, device=self.device) for _, _, said in requests]
         starts = [len(row) - len(said) for row, said in zip(inputs, targets)]
         # A row that is the start of another one is read with it.
         read_by: dict[int, list[int]] = {}
         reader = None
-        for i in sorted(range(len(inputs)), key=lambda i: inputs[i].tolist(), reverse=True):
+        for i in _in_order(inputs)[::-1]:
             if reader is None or _common(inputs[reader], inputs[i]) < len(inputs[i]):
                 reader = i
             read_by.setdefault(reader, []).append(i)
@@ -313,6 +352,11 @@ def _take(
             chances = logits[row, here].gather(1, asked[:, None])[:, 0] - norms[row, here]
             totals[request] += chances.double().sum().cpu()
             greedy[request] = greedy[request] and bool((best[row, here] == asked).all())
+
+
+def _in_order(rows: Sequence[np.ndarray]) -> list[int]:
+    """Indices of the rows as a dictionary orders words: a row comes right before those it is the start of."""
+    return sorted(range(len(rows)), key=lambda i: rows[i].astype(">u4").tobytes())
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..data.held_out import bucket_edges
 from ..data.niah import DoesNotFit
-from ..data.tasks import DEPTHS, SuiteTask, documents, find_tasks
+from ..data.tasks import DEPTHS, SuiteTask, documents, find_tasks, requests_of
 from .common import (
     check_place,
     described,
@@ -22,12 +22,13 @@ from .common import (
     training_tokens,
     versions,
 )
-from .store import Store, identity, mean_interval, wilson
+from .store import Store, finite, identity, mean_interval, wilson
 
 __all__ = ["Progress", "Subject", "evaluate", "score_documents"]
 
 NEVER = 2**31  # a length at which lm-eval cuts prompts; ours are never cut, and a model that cannot read them should say so
 TAIL = 400  # characters of a prompt that are kept with an answer
+TOGETHER = 10**8  # characters of requests that lm-eval is given at a time
 
 
 class Progress:
@@ -281,14 +282,14 @@ def _identity(subject: Subject, task: SuiteTask, length: int, changed: dict, lim
 
 
 def _advancer(progress: Progress, work: int):
-    """on_read for a cell: its share of the work as tokens are read, and the rest when it is called with nothing more to read."""
-    told = 0.0
+    """What takes shares of a cell's work as they are done; a share of 1 means all that is left."""
+    left = float(work)
 
-    def advance(tokens: int, to_read: int) -> None:
-        nonlocal told
-        step = min(work * tokens / to_read, work - told) if to_read else work - told
-        told += step
-        progress.work(step)
+    def advance(share: float) -> None:
+        nonlocal left
+        done = min(share * work, left)
+        left -= done
+        progress.work(done)
 
     return advance
 
@@ -303,22 +304,36 @@ def score_documents(lm, task: SuiteTask, asked: list[dict], advance=None, cap: i
 
     from .tasks import PREFIX, MemzooTask
 
-    name = f"{PREFIX}{task.name}"
-    data = Dataset.from_list([{**document, "monotone": task.monotone and cap is None} for document in asked])
-    config = {"task": name, "custom_dataset": lambda **_: {"test": data}}
-    if cap is not None:
-        config["generation_kwargs"] = {"do_sample": False, "max_gen_toks": cap, "until": list(task.until)}
-    for key, value in (("_max_length", NEVER), ("on_read", advance)):
-        if hasattr(lm, key):
-            setattr(lm, key, value)
-    # Not simple_evaluate: that indexes lm-eval's own tasks and asks git and pip what is installed, seconds for every cell.
-    outcome = run_lm_eval(lm, {"tasks": {name: MemzooTask(config)}}, bootstrap_iters=0, log_samples=True)
+    scored: list[dict] = []
+    for start, stop in _portions(task, asked, getattr(lm, "world_size", 1)):
+        data = Dataset.from_list([{**document, "monotone": task.monotone and cap is None} for document in asked[start:stop]])
+        config = {"task": f"{PREFIX}{task.name}", "custom_dataset": lambda data=data, **_: {"test": data}}
+        if cap is not None:
+            config["generation_kwargs"] = {"do_sample": False, "max_gen_toks": cap, "until": list(task.until)}
+        share = (stop - start) / len(asked)
+        on_read = (lambda tokens, to_read, share=share: advance(share * tokens / to_read)) if advance else None
+        for key, value in (("_max_length", NEVER), ("on_read", on_read)):
+            if hasattr(lm, key):
+                setattr(lm, key, value)
+        # Not simple_evaluate: that indexes lm-eval's own tasks and asks git and pip what is installed, seconds for every cell.
+        outcome = run_lm_eval(lm, {"tasks": {"task": MemzooTask(config)}}, bootstrap_iters=0, log_samples=True)
+        if outcome is not None:
+            samples = sorted(outcome["samples"]["task"], key=lambda sample: sample["doc_id"])
+            scored += [{**_kept(task, sample), "number": start + sample["doc_id"]} for sample in samples]
     if advance:
-        advance(0, 0)
-    if outcome is None:
-        return None
-    samples = sorted(outcome["samples"][name], key=lambda sample: sample["doc_id"])
-    return [_kept(task, sample) for sample in samples]
+        advance(1.0)
+    return scored or None
+
+
+def _portions(task: SuiteTask, asked: list[dict], processes: int) -> list[tuple[int, int]]:
+    """(first, after the last) of documents that are scored together: lm-eval holds the text of every request, and a query has its own."""
+    contexts = [asked[0]["input"]] if task.kind == "generate" else [context for context, _ in requests_of(task.name, asked[0])]
+    size = max(sum(map(len, contexts)), 1)
+    count = max(TOGETHER // size, processes)
+    starts = list(range(0, len(asked), count))
+    if len(starts) > 1 and len(asked) - starts[-1] < processes:  # each process needs a document
+        starts.pop()
+    return list(zip(starts, [*starts[1:], len(asked)]))
 
 
 def _kept(task: SuiteTask, sample: dict) -> dict:
@@ -389,7 +404,7 @@ def _loss_summary(scored: list[dict], task: SuiteTask, changed: dict) -> dict:
                 "interval": mean_interval([n / math.log(2) for n in nats], piece),
             }
         )
-    return {
+    found = {
         "metric": "bits_per_byte",
         "higher_is_better": False,
         "value": sum(bits) / sum(sizes),
@@ -398,6 +413,8 @@ def _loss_summary(scored: list[dict], task: SuiteTask, changed: dict) -> dict:
         "interval": mean_interval(bits, sizes),
         "cells": parts,
     }
+    found = finite(found)
+    return found if found["value"] is not None else {**found, "interval": None}
 
 
 def _chance(asked: list[dict]) -> float | None:

@@ -53,7 +53,7 @@ class Store:
         place = self.folder / record["samples"]
         place.parent.mkdir(parents=True, exist_ok=True)
         part = place.with_suffix(".part")
-        part.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
+        part.write_text("".join(json.dumps(finite(sample)) + "\n" for sample in samples), encoding="utf-8")
         part.replace(place)
         with self.path.open("a+b") as file:
             if file.seek(0, os.SEEK_END):
@@ -64,6 +64,15 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         return record
+
+
+def finite(value):
+    """The same with None for numbers that JSON has none for, such as the loss of a model that falls apart."""
+    if isinstance(value, dict):
+        return {key: finite(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def identity(**what) -> str:

@@ -11,10 +11,10 @@ from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 
 from ..data.held_out import bucket_edges
-from ..data.tasks import DEPTHS, TASKS, documents
+from ..data.tasks import DEPTHS, TASKS, documents, requests_of
 from ..data.text import load_tokenizer
 
-__all__ = ["PREFIX", "MemzooTask", "bits_per_byte", "requests_of"]
+__all__ = ["PREFIX", "MemzooTask", "bits_per_byte"]
 
 PREFIX = "memzoo_"
 NOT_SCORED = -1.0
@@ -41,14 +41,6 @@ def build(task: str, **metadata) -> dict[str, Dataset]:
         for document in documents(task, tokenizer, int(length), count, metadata.get("seed", 0), depths=depths, **difficulty)
     ]
     return {"test": Dataset.from_list([{**document, "monotone": found.monotone} for document in made])}
-
-
-def requests_of(task: str, document: dict) -> list[tuple[str, str]]:
-    """(context, continuation) of each log-likelihood that a document asks for."""
-    text = document["input"]
-    if TASKS[task].kind == "recall":
-        return [(text[:end], f" {value}") for end, value in zip(document["queries"], document["outputs"])]
-    return [(text[:a], text[a:b]) for a, b in zip(document["cuts"], document["cuts"][1:])]
 
 
 def bits_per_byte(pieces: list[tuple[float, int]]) -> float:

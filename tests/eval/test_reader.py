@@ -7,6 +7,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from memzoo.data import prose
+from memzoo.data.tasks import documents, requests_of
 from memzoo.evaluation.reader import MemoryLM
 from memzoo.models.presets import FAMILIES
 
@@ -159,3 +160,15 @@ def test_prompts_are_cut_where_lm_eval_cuts_them(model):
     assert ours.generate_until(asked([context])) == theirs.generate_until(asked([context]), disable_tqdm=True)
     rolling = [Instance("loglikelihood_rolling", {}, (context,), 0)]
     assert ours.loglikelihood_rolling(rolling) == pytest.approx(theirs.loglikelihood_rolling(rolling), rel=1e-4)
+
+
+def test_queries_of_one_sequence_are_encoded_as_each_alone(model):
+    (document,) = documents("mqar", TOKENIZER, 300, 1)
+    pairs = requests_of("mqar", document)
+    lm = MemoryLM(model, TOKENIZER)
+    together = [(context.tolist(), said) for context, said in lm._encode_together(pairs)]
+    assert together == [lm._encode_pair(*pair) for pair in pairs] and len(pairs) == 18
+    assert lm._encode_together([(context + "x", said) for context, said in pairs]) is None  # no starts of one another
+    assert lm._encode_together(pairs[:3]) is None
+    words = [(context[:-1], said) for context, said in pairs]  # cut within a word, where the longest one is not
+    assert lm._encode_together(words) is None

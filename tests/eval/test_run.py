@@ -15,7 +15,7 @@ from conftest import TOKENIZER, Guesser, Reader, tiny
 from lm_eval.api.task import ConfigurableTask
 
 from memzoo.data.tasks import TASKS
-from memzoo.evaluation import PAPERS, Progress, Store, evaluate, evaluate_papers, load_model, wilson
+from memzoo.evaluation import PAPERS, Progress, Store, evaluate, evaluate_papers, load_model, run, wilson
 from memzoo.evaluation.common import fingerprint, training_tokens
 from memzoo.evaluation.reader import MemoryLM
 from memzoo.evaluation.store import mean_interval
@@ -87,18 +87,18 @@ def test_the_store_says_everything(folders, tmp_path):
 
 
 def test_a_finished_cell_is_not_run_again(tmp_path):
-    def run(progress=None, **change):
+    def again(progress=None, **change):
         settings = {"lengths": [200], "limit": 3, "tokenizer": TOKENIZER, "progress": progress, **change}
         return evaluate([Reader()], ["mqar", "niah_single_1"], tmp_path, **settings)
 
-    first, told = run(), Told()
-    assert run(told) == first and told.planned == (0, 2, 2) and told.cells == [] and len(lines(tmp_path / "results.jsonl")) == 2
+    first, told = again(), Told()
+    assert again(told) == first and told.planned == (0, 2, 2) and told.cells == [] and len(lines(tmp_path / "results.jsonl")) == 2
     for change in ({"limit": 4}, {"seed": 1}, {"lengths": [220]}, {"difficulty": {"pairs": 5, "value_digits": 3}}):
         told = Told()
-        run(told, **change)
+        again(told, **change)
         assert len(told.cells) == 2, change
     told = Told()
-    run(told, depths=[0.5])  # means nothing to mqar
+    again(told, depths=[0.5])  # means nothing to mqar
     assert told.cells == [("niah_single_1", 200)]
     assert len({record["id"] for record in Store(tmp_path).records()}) == 11
     told = Told()
@@ -179,6 +179,36 @@ def test_the_run_beside_a_checkpoint_says_its_tokens(folders, tmp_path):
     (record,) = evaluate([final], ["copy"], lengths=[100], limit=1)
     assert record["model"]["training_tokens"] == 200 and record["model"]["name"] == "my-run"
     assert record["model"]["training_length"] == 256 and record["state_bytes"] is None
+
+
+def test_a_loss_that_is_no_number_is_kept_as_that(folders, tmp_path):
+    model = load_model(folders["llama"])
+    model.lm_head.weight.data.fill_(float("nan"))
+    (record,) = evaluate([model], ["ppl_by_length"], tmp_path, lengths=[200], limit=2, tokenizer=TOKENIZER)
+    assert record["value"] is None and record["interval"] is None and record["cells"][0]["loss"] is None
+    text = (tmp_path / "results.jsonl").read_text() + (tmp_path / record["samples"]).read_text()
+    assert "NaN" not in text and Store(tmp_path).records() == [record]
+
+
+@pytest.mark.parametrize("name", ["mqar", "ppl_by_length", "copy"])
+def test_documents_may_be_scored_in_portions(folders, tmp_path, monkeypatch, name):
+    settings = {"lengths": [150], "limit": 5}
+    (whole,) = evaluate([folders["linear-transformer"]], [name], tmp_path / "whole", **settings)
+    monkeypatch.setattr(run, "TOGETHER", 1500)
+    told = Told()
+    (parts,) = evaluate([folders["linear-transformer"]], [name], tmp_path / "parts", progress=told, **settings)
+    assert parts["value"] == pytest.approx(whole["value"], rel=1e-6) and told.done == pytest.approx(750)
+    first, second = (lines(tmp_path / place / whole["samples"]) for place in ("whole", "parts"))
+    assert [sample["number"] for sample in second] == [0, 1, 2, 3, 4]
+    assert [(x["prompt"], x.get("answer")) for x in first] == [(x["prompt"], x.get("answer")) for x in second]
+
+
+def test_portions_give_every_process_a_document(monkeypatch):
+    asked = [{"input": "x" * 1000}] * 7
+    assert run._portions(TASKS["copy"], asked, 1) == [(0, 7)]
+    monkeypatch.setattr(run, "TOGETHER", 3000)
+    assert run._portions(TASKS["copy"], asked, 1) == [(0, 3), (3, 6), (6, 7)]
+    assert run._portions(TASKS["copy"], asked, 2) == [(0, 3), (3, 7)] and run._portions(TASKS["copy"], asked, 4) == [(0, 7)]
 
 
 # Intervals
@@ -318,11 +348,11 @@ def test_papers_run_what_lm_eval_has(folders, tmp_path, monkeypatch):
 
     asked = []
 
-    def run(tasks, task_manager=None, **settings):
+    def run_here(tasks, task_manager=None, **settings):
         asked.append((tasks, settings["limit"]))
         return lm_eval.evaluator.simple_evaluate(tasks=[ConfigurableTask(config=config)], task_manager=task_manager, **settings)
 
-    monkeypatch.setattr(lm_eval, "simple_evaluate", run)
+    monkeypatch.setattr(lm_eval, "simple_evaluate", run_here)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))  # seconds
     monkeypatch.setitem(PAPERS, "tiny", ("tiny_choice",))
     (record,) = evaluate_papers([folders["llama"]], ["tiny"], Store(tmp_path / "out"), limit=4)

@@ -17,10 +17,10 @@ from lm_eval.evaluator import evaluate as run_lm_eval
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from memzoo.data.haystack import NOISE
-from memzoo.data.tasks import SUITES, TASKS
+from memzoo.data.tasks import SUITES, TASKS, requests_of
 from memzoo.evaluation import evaluate
 from memzoo.evaluation.run import score_documents
-from memzoo.evaluation.tasks import MemzooTask, bits_per_byte, requests_of
+from memzoo.evaluation.tasks import MemzooTask, bits_per_byte
 
 ROOT = Path(__file__).resolve().parents[2]
 
