@@ -27,24 +27,49 @@ SCORES = {
 }
 SWEEP = {
     64: LaunchTable({
-        (64, 80): Launch(num_warps=4, num_stages=2, blocks={"BV": 32}),
-        (128, 80): Launch(num_warps=4, num_stages=2, blocks={"BV": 32}),
+        (64, 80): Launch(num_warps=4, num_stages=2, blocks={"BV": 16}),
+        (64, 90): Launch(num_warps=4, num_stages=2, blocks={"BV": 32}),
+        (128, 80): Launch(num_warps=4, num_stages=2, blocks={"BV": 16}),
+        (128, 90): Launch(num_warps=4, num_stages=2, blocks={"BV": 32}),
         (256, 80): Launch(num_warps=8, num_stages=1, blocks={"BV": 16}),
     }),
     128: LaunchTable({
         (64, 80): Launch(num_warps=8, num_stages=1, blocks={"BV": 32}),
-        (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BV": 32}),
         (256, 80): Launch(num_warps=8, num_stages=1, blocks={"BV": 16}),
     }),
 }  # fmt: skip
-REVERSE = SWEEP
+REVERSE = {
+    64: LaunchTable({
+        (64, 80): Launch(num_warps=4, num_stages=2, blocks={"BV": 16}),
+        (64, 90): Launch(num_warps=4, num_stages=2, blocks={"BV": 32}),
+        (128, 80): Launch(num_warps=4, num_stages=1, blocks={"BV": 16}),
+        (128, 90): Launch(num_warps=4, num_stages=2, blocks={"BV": 32}),
+        (256, 80): Launch(num_warps=8, num_stages=1, blocks={"BV": 16}),
+    }),
+    128: LaunchTable({
+        (64, 80): Launch(num_warps=8, num_stages=1, blocks={"BV": 16}),
+        (64, 90): Launch(num_warps=8, num_stages=1, blocks={"BV": 32}),
+        (256, 80): Launch(num_warps=8, num_stages=1, blocks={"BV": 16}),
+    }),
+}  # fmt: skip
+CLAMPED = {  # both sweeps, where one program takes the tiles of columns in turn
+    64: LaunchTable({
+        (64, 80): Launch(num_warps=4, num_stages=1, blocks={"BV": 16}),
+        (64, 90): Launch(num_warps=4, num_stages=1, blocks={"BV": 32}),
+        (256, 80): Launch(num_warps=8, num_stages=1, blocks={"BV": 16}),
+    }),
+    128: LaunchTable({
+        (64, 80): Launch(num_warps=8, num_stages=1, blocks={"BV": 16}),
+        (256, 80): Launch(num_warps=8, num_stages=1, blocks={"BV": 16}),
+    }),
+}  # fmt: skip
 PAIRS = {
     64: LaunchTable({(256, 80): Launch(num_warps=4, num_stages=1, blocks={"BR": 64, "BK": 32, "BV": 32})}),
-    128: LaunchTable({(256, 80): Launch(num_warps=8, num_stages=1, blocks={"BR": 64, "BK": 32, "BV": 32})}),
+    128: LaunchTable({(256, 80): Launch(num_warps=8, num_stages=1, blocks={"BR": 64, "BK": 64, "BV": 32})}),
 }
 INPUTS = {
     64: LaunchTable({(256, 80): Launch(num_warps=4, num_stages=1, blocks={"BK": 32, "BV": 32})}),
-    128: LaunchTable({(256, 80): Launch(num_warps=8, num_stages=1, blocks={"BK": 32, "BV": 32})}),
+    128: LaunchTable({(256, 80): Launch(num_warps=8, num_stages=1, blocks={"BK": 16, "BV": 64})}),
 }
 STEP = LaunchTable({
     (64, 80): Launch(num_warps=2, num_stages=1, blocks={"BV": 32}),
@@ -86,8 +111,8 @@ def _put_numbers(x, value, i, row, head, H, SIZE: tl.constexpr, which: tl.conste
 
 
 @triton.jit
-def _matrix(index, column, value_column, fresh, D: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """Offsets and mask of a [BK, BV] tile of matrix number `index`."""
+def _matrix(column, value_column, fresh, D: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Offsets and mask of a [BK, BV] tile of a matrix."""
     rows = column + (tl.arange(0, BK) ^ fresh)
     columns = value_column + tl.arange(0, BV)
     inside = (rows >= 0)[:, None]
@@ -95,7 +120,7 @@ def _matrix(index, column, value_column, fresh, D: tl.constexpr, DV: tl.constexp
         inside = inside & (rows < D)[:, None]
     if DV % BV != 0:
         inside = inside & (columns < DV)[None, :]
-    return index * D * DV + rows[:, None] * DV + columns[None, :], inside
+    return rows[:, None] * DV + columns[None, :], inside
 
 
 @triton.jit
@@ -116,8 +141,8 @@ def _slot(n, starts, step):
 
 @triton.jit(do_not_specialize=["T"])
 def _scores_kernel(
-    q, k, mask, reads, position, cu_seqlens, chunks, T, H,
-    D: tl.constexpr, HAS_POSITION: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, mask, reads, position, cu_seqlens, chunks, T,
+    H: tl.constexpr, D: tl.constexpr, HAS_POSITION: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A * (Q K^T) of BR rows of one chunk, in [B, T, H, BT]."""
@@ -140,49 +165,50 @@ def _scores_kernel(
 
 
 @triton.jit
+def _square(x, i, row, head, H, D: tl.constexpr, front, end, BT: tl.constexpr):
+    """Each row's sum of squares."""
+    square = tl.zeros((BT,), tl.float32)
+    for column in range(0, D, 16):
+        wide = _load(x, i, row, head, H, column, D, front, end, 16).to(tl.float32)
+        square += tl.sum(wide * wide, 1)
+    return square
+
+
+@triton.jit
 def _surprise(
-    k, v, memory, start, own, held, i, row, head, H, column, front, end,
-    D: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, HAS_POSITION: tl.constexpr,
-    PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    k, v, taken_at, i, row, head, H, column, front, end,
+    D: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The loss's gradient at the output of each token, for a tile of columns, at the weights of the chunk's start."""
+    """The loss's gradient at the output of each token, for a tile of columns, at the weights `taken_at`."""
     error = -_load(v, i, row, head, H, column, DV, front, end, BV).to(tl.float32)
     if L2:
         key = _load(k, i, row, head, H, 0, D, front, end, BK)
-        base = memory.to(key.dtype)
-        if HAS_POSITION:
-            base = tl.where(front > 0, tl.load(start + own, mask=_only(held, front > 0), other=0.0).to(key.dtype), base)
         if RESIDUAL:
             error += _load(k, i, row, head, H, column, D, front, end, BV).to(tl.float32)
-        error += tl.dot(key, base, input_precision=PRECISION)
+        error += tl.dot(key, taken_at.to(key.dtype), input_precision=PRECISION)
     return error
 
 
 @triton.jit
 def _advance(
-    memory, momentum, rate, q, k, v, mask, scalars, reads, start, y, final_start, saved_weights, saved_momentum,
-    states, momenta, errors, number, slot, save, i, row, head, H, column, front, end, last_chunk, opens,
-    D: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, KEEP: tl.constexpr, SAVE: tl.constexpr,
-    HAS_POSITION: tl.constexpr, HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, fresh,
+    memory, momentum, error, rate, q, k, mask, scalars, reads, y, saved_weights, saved_momentum, states, momenta,
+    slot, save, i, row, head, H, column, front, end, opens, fresh,
+    D: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr, SAVE: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One chunk of a tile of columns: its outputs, or (KEEP) its state and errors; returns weights and momentum after it."""
-    own, held = _matrix(number.to(tl.int64), 0, column, fresh, D, DV, BK, BV)
+    where, held = _matrix(0, column, fresh, D, DV, BK, BV)
     if SAVE:
-        at, _ = _matrix(save * 2, 0, column, fresh, D, DV, BK, BV)
-        tl.store(saved_weights + at, memory, mask=_only(held, opens > 0))
-        tl.store(saved_momentum + at, momentum, mask=_only(held, opens > 0))
+        at = save * (2 * D * DV)
+        tl.store(saved_weights + at + where, memory, mask=_only(held, opens > 0))
+        tl.store(saved_momentum + at + where, momentum, mask=_only(held, opens > 0))
     kind = k.dtype.element_ty
-    error = _surprise(
-        k, v, memory, start, own, held, i, row, head, H, column, front, end, D, DV, RESIDUAL, L2, HAS_POSITION, PRECISION, BK, BV
-    )
     write = rate[:, None] * error
-    key = _load(k, i, row, head, H, 0, D, front, end, BK)
     if KEEP:
-        at, _ = _matrix(slot, 0, column, fresh, D, DV, BK, BV)
-        tl.store(states + at, memory.to(kind), mask=held)
-        tl.store(momenta + at, momentum.to(kind), mask=held)
-        _store(errors, error, i, row, head, H, column, DV, front, end, BV)
+        at = slot * (D * DV)
+        tl.store(states + at + where, memory.to(kind), mask=held)
+        tl.store(momenta + at + where, momentum.to(kind), mask=held)
     else:
         query = _load(q, i, row, head, H, 0, D, front, end, BK)
         carried = _numbers(scalars, i, row, head, H, 4, 1, front, end)
@@ -194,12 +220,9 @@ def _advance(
         if RESIDUAL:
             output += _load(q, i, row, head, H, column, D, front, end, BV).to(tl.float32)
         _store(y, output, i, row, head, H, column, DV, front, end, BV)
-    if HAS_FINAL:
-        # Of a chunk that stays open, the weights at its start.
-        before = memory
-        if HAS_POSITION:
-            before = tl.where(front > 0, tl.load(start + own, mask=_only(held, front > 0), other=0.0), memory)
-        tl.store(final_start + own, before, mask=_only(held, last_chunk & (end < BT)))
+    if CLAMP:  # keeps what follows out of the registers until then
+        tl.debug_barrier()
+    key = _load(k, i, row, head, H, 0, D, front, end, BK)
     last = (row + end - 1) * H + head
     memory = tl.load(scalars + last * 4) * memory + tl.load(scalars + last * 4 + 1) * momentum
     momentum *= tl.load(scalars + last * 4 + 2)
@@ -214,8 +237,8 @@ def _advance(
 def _sweep_kernel(
     q, k, v, lr, mask, scalars, reads, weights, momenta_before, start, position, y, final_weights, final_momentum, final_start,
     saved_weights, saved_momentum, states, momenta, errors, strength, cu_seqlens, origins, slots, saves,
-    T, H, begin, window, origin_step, origin_offset, origin_width, save_step, max_norm,
-    D: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr,
+    T, begin, window, origin_step, origin_offset, origin_width, save_step, max_norm,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr,
     SAVE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_FINAL: tl.constexpr, VARLEN: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -239,18 +262,18 @@ def _sweep_kernel(
             return
     slot = _slot(n, slots, window)
     save = _slot(n, saves, save_step)
-    origin = ((_slot(n, origins, origin_step) + origin_offset) * H + head) * origin_width
+    origin = ((_slot(n, origins, origin_step) + origin_offset) * H + head) * origin_width * (D * DV)
+    base = number.to(tl.int64) * (D * DV)
     memory = tl.zeros((BK, BV), tl.float32)
     momentum = tl.zeros((BK, BV), tl.float32)
     for tile in range(own_tiles):
-        where, held = _matrix(origin, 0, column + tile * BV, tile >> 31, D, DV, BK, BV)
-        memory = tl.load(weights + where, mask=held, other=0.0).to(tl.float32)
+        where, held = _matrix(0, column + tile * BV, tile >> 31, D, DV, BK, BV)
+        memory = tl.load(weights + origin + where, mask=held, other=0.0).to(tl.float32)
         if HAS_MOMENTUM:
-            momentum = tl.load(momenta_before + where, mask=held, other=0.0)
+            momentum = tl.load(momenta_before + origin + where, mask=held, other=0.0)
         if CLAMP:
-            own, _ = _matrix(number.to(tl.int64), 0, column + tile * BV, tile >> 31, D, DV, BK, BV)
-            tl.store(final_weights + own, memory, mask=held)
-            tl.store(final_momentum + own, momentum, mask=held)
+            tl.store(final_weights + base + where, memory, mask=held)
+            tl.store(final_momentum + base + where, momentum, mask=held)
     for step in range(stop - begin):
         c = begin + step
         row, front, end = _chunk(n, c, position, cu_seqlens, T, BT, HAS_POSITION, VARLEN)
@@ -262,63 +285,76 @@ def _sweep_kernel(
         save_at = (save + c // window - 1) * H + head
         opens = tl.where(c % window == 0, c, 0)  # not 0 where a window but the first opens
         if CLAMP:
+            source = final_weights
+            if HAS_POSITION:
+                source = tl.where(front > 0, start, final_weights)
             tl.debug_barrier()
             square = tl.zeros((BT,), tl.float32)
             for tile in range(own_tiles):
                 fresh = (c + tile) >> 31
                 i = tl.arange(0, BT) ^ fresh
-                own, held = _matrix(number.to(tl.int64), 0, tile * BV, fresh, D, DV, BK, BV)
-                held_weights = tl.load(final_weights + own, mask=held, other=0.0)
+                where, held = _matrix(0, tile * BV, fresh, D, DV, BK, BV)
+                taken_at = tl.load(source + base + where, mask=held, other=0.0)
                 error = _surprise(
-                    k, v, held_weights, start, own, held, i, row, head, H, tile * BV, front, end,
-                    D, DV, RESIDUAL, L2, HAS_POSITION, PRECISION, BK, BV,
+                    k, v, taken_at, i, row, head, H, tile * BV, front, end, D, DV, RESIDUAL, L2, PRECISION, BK, BV
                 )  # fmt: skip
                 square += tl.sum(error * error, 1)
-            square *= _square(k, i, row, head, H, D, front, end, BK)
+                if HAS_FINAL:
+                    tl.store(final_start + base + where, taken_at, mask=_only(held, (count - 1 == c) & (end < BT)))
+                # The output's place holds the errors until the second pass.
+                _store(errors if KEEP else y, error, i, row, head, H, tile * BV, DV, front, end, BV)
+            square *= _square(k, i, row, head, H, D, front, end, BT)
             rate *= max_norm * tl.rsqrt(tl.maximum(square, max_norm * max_norm))
             if KEEP:
                 _put_numbers(strength, rate, i, row, head, H, 1, 0, front, end)
+            tl.debug_barrier()
             for tile in range(own_tiles):
                 fresh = (c + tile) >> 31
                 i = tl.arange(0, BT) ^ fresh
-                own, held = _matrix(number.to(tl.int64), 0, tile * BV, fresh, D, DV, BK, BV)
+                where, held = _matrix(0, tile * BV, fresh, D, DV, BK, BV)
+                error = _load(errors if KEEP else y, i, row, head, H, tile * BV, DV, front, end, BV).to(tl.float32)
+                tl.debug_barrier()
                 new_weights, new_momentum = _advance(
-                    tl.load(final_weights + own, mask=held, other=0.0), tl.load(final_momentum + own, mask=held, other=0.0),
-                    rate, q, k, v, mask, scalars, reads, start, y, final_start, saved_weights, saved_momentum,
-                    states, momenta, errors, number, state_at, save_at, i, row, head, H, tile * BV, front, end, count - 1 == c, opens,
-                    D, DV, RESIDUAL, L2, KEEP, SAVE, HAS_POSITION, HAS_FINAL, PRECISION, BT, BK, BV, fresh,
+                    tl.load(final_weights + base + where, mask=held, other=0.0),
+                    tl.load(final_momentum + base + where, mask=held, other=0.0),
+                    error, rate, q, k, mask, scalars, reads, y, saved_weights, saved_momentum, states, momenta,
+                    state_at, save_at, i, row, head, H, tile * BV, front, end, opens, fresh,
+                    D, DV, RESIDUAL, CLAMP, KEEP, SAVE, PRECISION, BT, BK, BV,
                 )  # fmt: skip
                 tl.debug_barrier()
-                tl.store(final_weights + own, new_weights, mask=held)
-                tl.store(final_momentum + own, new_momentum, mask=held)
+                tl.store(final_weights + base + where, new_weights, mask=held)
+                tl.store(final_momentum + base + where, new_momentum, mask=held)
         else:
+            taken_at = memory
+            where, held = _matrix(0, column, fresh, D, DV, BK, BV)
+            if HAS_POSITION:
+                opened = tl.load(start + base + where, mask=_only(held, front > 0), other=0.0)
+                taken_at = tl.where(front > 0, opened, memory)
+            if HAS_FINAL:  # of a chunk that stays open, the weights at its start
+                tl.store(final_start + base + where, taken_at, mask=_only(held, (count - 1 == c) & (end < BT)))
+            error = _surprise(k, v, taken_at, i, row, head, H, column, front, end, D, DV, RESIDUAL, L2, PRECISION, BK, BV)
+            if KEEP:
+                _store(errors, error, i, row, head, H, column, DV, front, end, BV)
             memory, momentum = _advance(
-                memory, momentum, rate, q, k, v, mask, scalars, reads, start, y, final_start, saved_weights, saved_momentum,
-                states, momenta, errors, number, state_at, save_at, i, row, head, H, column, front, end, count - 1 == c, opens,
-                D, DV, RESIDUAL, L2, KEEP, SAVE, HAS_POSITION, HAS_FINAL, PRECISION, BT, BK, BV, fresh,
+                memory, momentum, error, rate, q, k, mask, scalars, reads, y, saved_weights, saved_momentum, states, momenta,
+                state_at, save_at, i, row, head, H, column, front, end, opens, fresh,
+                D, DV, RESIDUAL, CLAMP, KEEP, SAVE, PRECISION, BT, BK, BV,
             )  # fmt: skip
     if HAS_FINAL:
         if CLAMP:
             tl.debug_barrier()
         _unused, front, filled = _chunk(n, tl.maximum(count - 1, 0), position, cu_seqlens, T, BT, HAS_POSITION, VARLEN)
         for tile in range(own_tiles):
-            own, held = _matrix(number.to(tl.int64), 0, column + tile * BV, tile >> 31, D, DV, BK, BV)
+            where, held = _matrix(0, column + tile * BV, tile >> 31, D, DV, BK, BV)
             if CLAMP:
-                memory = tl.load(final_weights + own, mask=held, other=0.0)
+                memory = tl.load(final_weights + base + where, mask=held, other=0.0)
             else:
-                tl.store(final_weights + own, memory, mask=held)
-                tl.store(final_momentum + own, momentum, mask=held)
-            tl.store(final_start + own, memory, mask=_only(held, filled % BT == 0))
+                tl.store(final_weights + base + where, memory, mask=held)
+                tl.store(final_momentum + base + where, momentum, mask=held)
+            tl.store(final_start + base + where, memory, mask=_only(held, filled % BT == 0))
             if HAS_POSITION:
                 idle = _only(held, (count == 0) & (front > 0))
-                tl.store(final_start + own, tl.load(start + own, mask=idle, other=0.0), mask=idle)
-
-
-@triton.jit
-def _square(x, i, row, head, H, D: tl.constexpr, front, end, BK: tl.constexpr):
-    """Each row's sum of squares."""
-    wide = _load(x, i, row, head, H, 0, D, front, end, BK).to(tl.float32)
-    return tl.sum(wide * wide, 1)
+                tl.store(final_start + base + where, tl.load(start + base + where, mask=idle, other=0.0), mask=idle)
 
 
 @triton.jit
@@ -347,9 +383,10 @@ def _retreat(
 ):  # fmt: skip
     """From the gradient at the outputs of a chunk's writes, a tile: dv, and the gradients of the state before the chunk."""
     kind = k.dtype.element_ty
-    at, held = _matrix(slot, 0, column, fresh, D, DV, BK, BV)
-    tl.store(dstates + at, dmemory.to(kind), mask=held)
-    tl.store(dmomenta + at, dmomentum.to(kind), mask=held)
+    where, held = _matrix(0, column, fresh, D, DV, BK, BV)
+    at = slot * (D * DV)
+    tl.store(dstates + at + where, dmemory.to(kind), mask=held)
+    tl.store(dmomenta + at + where, dmomentum.to(kind), mask=held)
     _store(dv, -grad, i, row, head, H, column, DV, front, end, BV)
     last = ((row + end - 1) * H + head) * 4
     dmomentum = tl.load(scalars + last + 1) * dmemory + tl.load(scalars + last + 2) * dmomentum
@@ -366,11 +403,11 @@ def _retreat(
         dbase = tl.dot(tl.trans(key), grad.to(kind), input_precision=PRECISION)
     else:
         dbase = tl.zeros((BK, BV), tl.float32)
-    own, held = _matrix(number.to(tl.int64), 0, column, fresh, D, DV, BK, BV)
+    base = number.to(tl.int64) * (D * DV)
     if given_start is not None:
-        dbase += tl.load(given_start + own, mask=_only(held, last_chunk & (end < BT)), other=0.0)
+        dbase += tl.load(given_start + base + where, mask=_only(held, last_chunk & (end < BT)), other=0.0)
     if HAS_POSITION:
-        tl.store(dstart + own, dbase, mask=_only(held, front > 0))
+        tl.store(dstart + base + where, dbase, mask=_only(held, front > 0))
         dbase = tl.where(front > 0, 0.0, dbase)
     return dmemory + dbase, dmomentum
 
@@ -378,8 +415,8 @@ def _retreat(
 @triton.jit(do_not_specialize=["T", "begin", "window", "tokens"])
 def _reverse_kernel(
     q, k, lr, strength, mask, scalars, reads, position, dy, errors, given_weights, given_momentum, given_start,
-    dweights, dmomentum, dstart, dstates, dmomenta, dv, dlr, curvature, cu_seqlens, slots, T, H, begin, window, tokens, max_norm,
-    D: tl.constexpr, DV: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr, CONTINUES: tl.constexpr,
+    dweights, dmomentum, dstart, dstates, dmomenta, dv, dlr, curvature, cu_seqlens, slots, T, begin, window, tokens, max_norm,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr, CONTINUES: tl.constexpr,
     HAS_POSITION: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Chunks of one window, sequence and head from the last: the gradients of the state after each, of v and of lr.
@@ -399,26 +436,27 @@ def _reverse_kernel(
     if CONTINUES:  # noqa: SIM102  known when it is compiled
         if begin >= count:
             return
+    base = number.to(tl.int64) * (D * DV)
     left = tl.zeros((BK, BV), tl.float32)
     left_momentum = tl.zeros((BK, BV), tl.float32)
     for tile in range(own_tiles):
-        own, held = _matrix(number.to(tl.int64), 0, column + tile * BV, tile >> 31, D, DV, BK, BV)
+        where, held = _matrix(0, column + tile * BV, tile >> 31, D, DV, BK, BV)
         if CONTINUES:
             if not CLAMP:
-                left = tl.load(dweights + own, mask=held, other=0.0)
-                left_momentum = tl.load(dmomentum + own, mask=held, other=0.0)
+                left = tl.load(dweights + base + where, mask=held, other=0.0)
+                left_momentum = tl.load(dmomentum + base + where, mask=held, other=0.0)
         elif given_start is not None:
-            left = tl.load(given_weights + own, mask=held, other=0.0)
-            left_momentum = tl.load(given_momentum + own, mask=held, other=0.0)
+            left = tl.load(given_weights + base + where, mask=held, other=0.0)
+            left_momentum = tl.load(given_momentum + base + where, mask=held, other=0.0)
             # With no chunk open, the weights themselves were given out as the start of the next.
             _unused, front, filled = _chunk(n, tl.maximum(count - 1, 0), position, cu_seqlens, T, BT, HAS_POSITION, VARLEN)
-            left += tl.load(given_start + own, mask=_only(held, filled % BT == 0), other=0.0)
+            left += tl.load(given_start + base + where, mask=_only(held, filled % BT == 0), other=0.0)
             if HAS_POSITION:
                 idle = _only(held, (count == 0) & (front > 0))
-                tl.store(dstart + own, tl.load(given_start + own, mask=idle, other=0.0), mask=idle)
+                tl.store(dstart + base + where, tl.load(given_start + base + where, mask=idle, other=0.0), mask=idle)
         if CLAMP and not CONTINUES:
-            tl.store(dweights + own, left, mask=held)
-            tl.store(dmomentum + own, left_momentum, mask=held)
+            tl.store(dweights + base + where, left, mask=held)
+            tl.store(dmomentum + base + where, left_momentum, mask=held)
     slot = _slot(n, slots, window)
     for step in range(stop - begin):
         c = stop - 1 - step
@@ -433,9 +471,9 @@ def _reverse_kernel(
             for tile in range(own_tiles):
                 fresh = (c + tile) >> 31
                 i = tl.arange(0, BT) ^ fresh
-                own, held = _matrix(number.to(tl.int64), 0, tile * BV, fresh, D, DV, BK, BV)
-                after = tl.load(dweights + own, mask=held, other=0.0)
-                after_momentum = tl.load(dmomentum + own, mask=held, other=0.0)
+                where, held = _matrix(0, tile * BV, fresh, D, DV, BK, BV)
+                after = tl.load(dweights + base + where, mask=held, other=0.0)
+                after_momentum = tl.load(dmomentum + base + where, mask=held, other=0.0)
                 grad = _output_grad(
                     k, mask, scalars, reads, dy, after, after_momentum, i, row, head, H, tile * BV, front, end,
                     D, DV, PRECISION, BT, BK, BV,
@@ -444,7 +482,7 @@ def _reverse_kernel(
                 slope += tl.sum(grad * error, 1)
                 error_square += tl.sum(error * error, 1)
             rate = _numbers(strength, i, row, head, H, 1, 0, front, end)
-            key_square = _square(k, i, row, head, H, D, front, end, BK)
+            key_square = _square(k, i, row, head, H, D, front, end, BT)
             most = max_norm * max_norm
             square = tl.maximum(key_square * error_square, most)
             turn = tl.where(key_square * error_square > most, -rate * slope / square, 0.0)
@@ -453,9 +491,9 @@ def _reverse_kernel(
             for tile in range(own_tiles):
                 fresh = (c + tile) >> 31
                 i = tl.arange(0, BT) ^ fresh
-                own, held = _matrix(number.to(tl.int64), 0, tile * BV, fresh, D, DV, BK, BV)
-                after = tl.load(dweights + own, mask=held, other=0.0)
-                after_momentum = tl.load(dmomentum + own, mask=held, other=0.0)
+                where, held = _matrix(0, tile * BV, fresh, D, DV, BK, BV)
+                after = tl.load(dweights + base + where, mask=held, other=0.0)
+                after_momentum = tl.load(dmomentum + base + where, mask=held, other=0.0)
                 grad = _output_grad(
                     k, mask, scalars, reads, dy, after, after_momentum, i, row, head, H, tile * BV, front, end,
                     D, DV, PRECISION, BT, BK, BV,
@@ -468,8 +506,8 @@ def _reverse_kernel(
                     D, DV, L2, HAS_POSITION, PRECISION, BT, BK, BV, fresh,
                 )  # fmt: skip
                 tl.debug_barrier()
-                tl.store(dweights + own, before, mask=held)
-                tl.store(dmomentum + own, before_momentum, mask=held)
+                tl.store(dweights + base + where, before, mask=held)
+                tl.store(dmomentum + base + where, before_momentum, mask=held)
         else:
             grad = _output_grad(
                 k, mask, scalars, reads, dy, left, left_momentum, i, row, head, H, column, front, end,
@@ -485,9 +523,9 @@ def _reverse_kernel(
                 D, DV, L2, HAS_POSITION, PRECISION, BT, BK, BV, fresh,
             )  # fmt: skip
     if not CLAMP:
-        own, held = _matrix(number.to(tl.int64), 0, column, 0, D, DV, BK, BV)
-        tl.store(dweights + own, left, mask=held)
-        tl.store(dmomentum + own, left_momentum, mask=held)
+        where, held = _matrix(0, column, 0, D, DV, BK, BV)
+        tl.store(dweights + base + where, left, mask=held)
+        tl.store(dmomentum + base + where, left_momentum, mask=held)
 
 
 @triton.jit
@@ -507,8 +545,8 @@ def _place(
 
 @triton.jit(do_not_specialize=["T", "begin", "window"])
 def _pairs_kernel(
-    q, k, lr, mask, position, dy, errors, matched, dmask, cu_seqlens, chunks, T, H, begin, window,
-    D: tl.constexpr, DV: tl.constexpr, HAS_POSITION: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, lr, mask, position, dy, errors, matched, dmask, cu_seqlens, chunks, T, begin, window,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HAS_POSITION: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Of BR rows of one chunk: `A * (dY g^T)`, in [B, T, H, BT], and the mask's gradient from the reads, `-(dY g^T) * (Q K^T)`."""
@@ -541,8 +579,8 @@ def _pairs_kernel(
 @triton.jit(do_not_specialize=["T", "begin", "window"])
 def _inputs_kernel(
     q, k, lr, mask, scalars, start, position, dy, errors, dv, curvature, matched, states, momenta, dstates, dmomenta,
-    dq, dk, dmask, dscalars, cu_seqlens, chunks, T, H, begin, window,
-    D: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
+    dq, dk, dmask, dscalars, cu_seqlens, chunks, T, begin, window,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
     HAS_POSITION: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk and head: the gradients of q, k, the scalars, and the mask's last row, whose share from the reads is there already."""
@@ -552,6 +590,8 @@ def _inputs_kernel(
     if end <= front:
         return
     kind = k.dtype.element_ty
+    at = (number.to(tl.int64) * H + head) * (D * DV)
+    base = (n.to(tl.int64) * H + head) * (D * DV)
     dkept = tl.zeros((BT,), tl.float32)
     dcarried = tl.zeros((BT,), tl.float32)
     dto_weights = tl.zeros((BT,), tl.float32)
@@ -568,29 +608,28 @@ def _inputs_kernel(
         for value_column in range(0, DV, BV):
             fresh = value_column >> 31
             i = tl.arange(0, BT) ^ fresh
-            where, held = _matrix(number.to(tl.int64) * H + head, column, value_column, fresh, D, DV, BK, BV)
+            where, held = _matrix(column, value_column, fresh, D, DV, BK, BV)
             given = _load(dy, i, row, head, H, value_column, DV, front, end, BV)
-            state = tl.load(states + where, mask=held, other=0.0)
-            momentum = tl.load(momenta + where, mask=held, other=0.0)
+            state = tl.load(states + at + where, mask=held, other=0.0)
+            momentum = tl.load(momenta + at + where, mask=held, other=0.0)
             by_state += tl.dot(given, tl.trans(state), input_precision=PRECISION)
             by_momentum += tl.dot(given, tl.trans(momentum), input_precision=PRECISION)
             rate = _numbers(lr, i, row, head, H, 1, 0, front, end)[:, None]  # the clamped one, if there is a clamp
             write = (rate * _load(errors, i, row, head, H, value_column, DV, front, end, BV).to(tl.float32)).to(kind)
-            after = tl.load(dstates + where, mask=held, other=0.0)
-            after_momentum = tl.load(dmomenta + where, mask=held, other=0.0)
+            after = tl.load(dstates + at + where, mask=held, other=0.0)
+            after_momentum = tl.load(dmomenta + at + where, mask=held, other=0.0)
             into_state += tl.dot(write, tl.trans(after), input_precision=PRECISION)
             into_momentum += tl.dot(write, tl.trans(after_momentum), input_precision=PRECISION)
             state_after += tl.sum(state.to(tl.float32) * after.to(tl.float32), 1)
             momentum_after += tl.sum(momentum.to(tl.float32) * after.to(tl.float32), 1)
             momentum_twice += tl.sum(momentum.to(tl.float32) * after_momentum.to(tl.float32), 1)
             if L2:
-                base = state
+                taken_at = state
                 if HAS_POSITION:
-                    at, _ = _matrix((n * H + head).to(tl.int64), column, value_column, fresh, D, DV, BK, BV)
-                    opened = tl.load(start + at, mask=_only(held, front > 0), other=0.0)
-                    base = tl.where(front > 0, opened.to(kind), base)
+                    opened = tl.load(start + base + where, mask=_only(held, front > 0), other=0.0)
+                    taken_at = tl.where(front > 0, opened.to(kind), taken_at)
                 grad = _load(dv, i, row, head, H, value_column, DV, front, end, BV)
-                by_base += tl.dot(grad, tl.trans(base), input_precision=PRECISION)
+                by_base += tl.dot(grad, tl.trans(taken_at), input_precision=PRECISION)
         i = tl.arange(0, BT) ^ (column >> 31)
         query = _load(q, i, row, head, H, column, D, front, end, BK)
         key = _load(k, i, row, head, H, column, D, front, end, BK)
@@ -629,16 +668,16 @@ def _inputs_kernel(
 
 @triton.jit
 def _error(
-    k, v, number, key, weights, start, place, where, held, column,
+    k, v, number, key, weights, start, place, base, where, held, column,
     D: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The gradient at the output of one token, for a tile of columns."""
     j = column + tl.arange(0, BV)
     error = -tl.load(v + number * DV + j, mask=j < DV, other=0.0).to(tl.float32)
     if L2:
-        base = tl.load(weights + where, mask=_only(held, place == 0), other=0.0)
-        base += tl.load(start + where, mask=_only(held, place != 0), other=0.0)
-        error += tl.sum(key[:, None] * base, 0)
+        taken_at = tl.load(weights + base + where, mask=_only(held, place == 0), other=0.0)
+        taken_at += tl.load(start + base + where, mask=_only(held, place != 0), other=0.0)
+        error += tl.sum(key[:, None] * taken_at, 0)
         if RESIDUAL:
             error += tl.load(k + number * D + j, mask=j < D, other=0.0).to(tl.float32)
     return error
@@ -654,6 +693,7 @@ def _step_kernel(
     tiles: tl.constexpr = (DV + BV - 1) // BV
     tile = tl.program_id(0) % tiles
     number = (tl.program_id(0) // tiles).to(tl.int64)
+    base = number * (D * DV)
     place = tl.load(position + number // H)
     i = tl.arange(0, BK)
     key = tl.load(k + number * D + i, mask=i < D, other=0.0).to(tl.float32)
@@ -663,21 +703,21 @@ def _step_kernel(
         # The norm needs every column: the other tiles' share is formed again rather than waited for.
         square = tl.sum(tl.zeros((BV,), tl.float32), 0)
         for other in range(tiles):
-            where, held = _matrix(number, 0, other * BV, 0, D, DV, BK, BV)
-            error = _error(k, v, number, key, weights, start, place, where, held, other * BV, D, DV, RESIDUAL, L2, BV)
+            where, held = _matrix(0, other * BV, 0, D, DV, BK, BV)
+            error = _error(k, v, number, key, weights, start, place, base, where, held, other * BV, D, DV, RESIDUAL, L2, BV)
             square += tl.sum(error * error, 0)
         square *= tl.sum(key * key, 0)
         rate *= max_norm * tl.rsqrt(tl.maximum(square, max_norm * max_norm))
     column = tile * BV
     j = column + tl.arange(0, BV)
-    where, held = _matrix(number, 0, column, 0, D, DV, BK, BV)
-    error = _error(k, v, number, key, weights, start, place, where, held, column, D, DV, RESIDUAL, L2, BV)
-    memory = tl.load(weights + where, mask=held, other=0.0)
-    surprise = tl.load(momentum_gate + number).to(tl.float32) * tl.load(momentum + where, mask=held, other=0.0)
+    where, held = _matrix(0, column, 0, D, DV, BK, BV)
+    error = _error(k, v, number, key, weights, start, place, base, where, held, column, D, DV, RESIDUAL, L2, BV)
+    memory = tl.load(weights + base + where, mask=held, other=0.0)
+    surprise = tl.load(momentum_gate + number).to(tl.float32) * tl.load(momentum + base + where, mask=held, other=0.0)
     surprise -= key[:, None] * (rate * error)[None, :]
-    tl.store(new_momentum + where, surprise, mask=held)
+    tl.store(new_momentum + base + where, surprise, mask=held)
     written = (1.0 - tl.load(decay + number).to(tl.float32)) * memory + surprise
-    tl.store(new_weights + where, written, mask=held)
+    tl.store(new_weights + base + where, written, mask=held)
     output = tl.sum(query[:, None] * written, 0)
     if RESIDUAL:
         output += tl.load(q + number * D + j, mask=j < D, other=0.0).to(tl.float32)
@@ -687,8 +727,8 @@ def _step_kernel(
     elif place == 0:
         opened = memory
     else:
-        opened = tl.load(start + where, mask=held, other=0.0)
-    tl.store(new_start + where, opened, mask=held)
+        opened = tl.load(start + base + where, mask=held, other=0.0)
+    tl.store(new_start + base + where, opened, mask=held)
 
 
 def matrix_window(sequences: int, longest: int, heads: int, state: int, itemsize: int) -> int:
@@ -730,7 +770,7 @@ class _Launches:
             programs = table.shape[0]
         options, _ = self.options(SCORES, "D")
         _scores_kernel[(programs * call.heads * (call.chunk // options["BR"]),)](
-            call.q, call.k, mask, self.reads, call.position, call.cu_seqlens, table, call.length, call.heads, **options
+            call.q, call.k, mask, self.reads, call.position, call.cu_seqlens, table, call.length, **options
         )  # fmt: skip
 
     def options(self, tables: dict[int, LaunchTable], *names: str) -> tuple[dict[str, object], int]:
@@ -747,7 +787,7 @@ class _Launches:
         }  # fmt: skip
         flags = {name: flags[name] for name in names}
         flags |= {"HAS_POSITION": call.position is not None, "VARLEN": call.cu_seqlens is not None}
-        flags |= {"PRECISION": call.precision, "BT": call.chunk}
+        flags |= {"PRECISION": call.precision, "BT": call.chunk, "H": call.heads}
         return {**flags, **launch.options(), **blocks}, triton.cdiv(call.value_dim, blocks.get("BV", value_dim))
 
     def window(self, u: int) -> tuple[Tensor | None, Tensor | None]:
@@ -766,7 +806,7 @@ class _Launches:
     def sweep(self, y, final, boundaries, kept, u, slots) -> None:
         """The whole forward, or with `kept` (states, momenta, errors and clamped rates) those of window u again."""
         call = self.call
-        options, tiles = self.options(SWEEP, "D", "DV", "RESIDUAL", "L2", "CLAMP")
+        options, tiles = self.options(CLAMPED if self.clamped else SWEEP, "D", "DV", "RESIDUAL", "L2", "CLAMP")
         tiles = 1 if self.clamped else tiles
         halves, saves = (None, None), None
         if boundaries is not None and boundaries.numel():
@@ -782,7 +822,7 @@ class _Launches:
             held = (*(call.q.new_empty(shape, dtype=torch.float32) for _ in range(2)), None)
         _sweep_kernel[(call.sequences * call.heads * tiles,)](
             call.q, call.k, call.v, call.lr, self.mask, self.scalars, self.reads, *given, self.start, call.position, y, *held, *saved,
-            *(kept or (None,) * 4), call.cu_seqlens, saves if u else None, slots, saves, call.length, call.heads, u * call.every,
+            *(kept or (None,) * 4), call.cu_seqlens, saves if u else None, slots, saves, call.length, u * call.every,
             call.every, *origin, self.windows - 1, self.max_norm, KEEP=kept is not None, SAVE=saved[0] is not None,
             HAS_MOMENTUM=given[1] is not None, HAS_FINAL=final is not None, **options,
         )  # fmt: skip
@@ -820,7 +860,7 @@ def matrix_backward(
     curvature = torch.empty_like(dlr) if clamped else None
     rates = strength if clamped else call.lr
     states = [q.new_empty(launches.slots, *shape[1:]) for _ in range(4)]  # weights, momentum, and their gradients
-    reverse, tiles = launches.options(REVERSE, "D", "DV", "L2", "CLAMP")
+    reverse, tiles = launches.options(CLAMPED if clamped else REVERSE, "D", "DV", "L2", "CLAMP")
     tiles = 1 if clamped else tiles
     pairs, _ = launches.options(PAIRS, "D", "DV")
     inputs, _ = launches.options(INPUTS, "D", "DV", "RESIDUAL", "L2", "CLAMP")
@@ -828,7 +868,7 @@ def matrix_backward(
     for u in reversed(range(launches.windows)):
         slots, chunks = launches.window(u)
         launches.sweep(None, None, boundaries, (*states[:2], errors, strength), u, slots)
-        where = (call.length, call.heads, u * call.every, call.every)
+        where = (call.length, u * call.every, call.every)
         _reverse_kernel[(call.sequences * call.heads * tiles,)](
             q, k, call.lr, strength, mask, scalars, reads, call.position, dy, errors, *(dfinal or (None,) * 3), dweights,
             dmomentum, dstart, *states[2:], dv, parts, curvature, call.cu_seqlens, slots, *where, call.batch * call.length,
@@ -859,7 +899,7 @@ def matrix_step(call: Call, y: Tensor, final: list[Tensor]) -> None:
 
 
 def matrix_specs(capability: int) -> Iterator[CompileSpec]:
-    """Every launch-table entry of depth 1, packed, with states and the l2 loss (the most registers); the largest size is float32 at 128."""
+    """Every launch-table entry of depth 1, packed, with states and the l2 loss (the most registers)."""
     tokens = (
         "q",
         "k",
@@ -881,7 +921,7 @@ def matrix_specs(capability: int) -> Iterator[CompileSpec]:
     single = ("mask", "scalars", "weights", "momenta_before", "start", "strength", "dmask", "dscalars", "dlr", "curvature")
     single += ("final_weights", "final_momentum", "final_start", "saved_weights", "saved_momentum")
     single += ("given_weights", "given_momentum", "given_start", "dweights", "dmomentum", "dstart")
-    integers = ("T", "H", "begin", "window", "origin_step", "origin_offset", "origin_width", "save_step", "tokens")
+    integers = ("T", "begin", "window", "origin_step", "origin_offset", "origin_width", "save_step", "tokens")
     types = {**dict.fromkeys(single, "*fp32"), **dict.fromkeys(integers, "i32"), "max_norm": "fp32", "chunks": "*i32"}
     types |= dict.fromkeys(("position", "cu_seqlens", "origins", "slots", "saves"), "*i64")
 
@@ -889,9 +929,9 @@ def matrix_specs(capability: int) -> Iterator[CompileSpec]:
         for chunk, table in tables.items():
             for size in sorted({size for size, _ in table.entries}):
                 launch = table.lookup(size, capability)
-                single = size == 256
                 width = min(size, 128)
                 given = {
+                    "H": 16,
                     "D": width,
                     "DV": width,
                     "RESIDUAL": True,
@@ -900,13 +940,15 @@ def matrix_specs(capability: int) -> Iterator[CompileSpec]:
                     "HAS_POSITION": True,
                     "VARLEN": True,
                 }
-                given |= {"PRECISION": "tf32x3" if single else "tf32", "BT": chunk, "BK": width, **launch.blocks, **constants}
+                given |= {"PRECISION": "tf32", "BT": chunk, "BK": width, **launch.blocks, **constants}
                 if not clamp:
                     given |= {"curvature": None, "strength": None}
-                title = f"neural_memory matrix {name} {width}, chunk {chunk}" + ", clamp" * clamp + ", float32" * single
+                title = f"neural_memory matrix {name} {width}, chunk {chunk}" + ", float32's tiles" * (
+                    size == 256 and len(table.entries) > 2
+                )
                 yield CompileSpec(
-                    title, kernel, {**types, **dict.fromkeys(tokens, "*fp32" if single else "*bf16")},
-                    {n: given[n] for n in kernel.arg_names if n in given}, launch.num_warps, launch.num_stages, ("H",),
+                    title, kernel, {**types, **dict.fromkeys(tokens, "*bf16")},
+                    {n: given[n] for n in kernel.arg_names if n in given}, launch.num_warps, launch.num_stages,
                 )  # fmt: skip
 
     yield from specs("scores", _scores_kernel, SCORES)
@@ -914,9 +956,10 @@ def matrix_specs(capability: int) -> Iterator[CompileSpec]:
     finals = dict.fromkeys(("y", "final_start", "saved_weights", "saved_momentum"))
     for clamp in (False, True):
         flags = {"KEEP": False, "SAVE": True, "HAS_MOMENTUM": True, "HAS_FINAL": True}
-        yield from specs("sweep", _sweep_kernel, SWEEP, clamp, **flags, **kept)
+        name, sweep, reverse = ("clamped ", CLAMPED, CLAMPED) if clamp else ("", SWEEP, REVERSE)
+        yield from specs(name + "sweep", _sweep_kernel, sweep, clamp, **flags, **kept)
         flags = {"KEEP": True, "SAVE": False, "HAS_MOMENTUM": True, "HAS_FINAL": False}
-        yield from specs("sweep for the backward", _sweep_kernel, SWEEP, clamp, **flags, **finals)
-        yield from specs("reverse", _reverse_kernel, REVERSE, clamp, CONTINUES=False)
+        yield from specs(name + "sweep for the backward", _sweep_kernel, sweep, clamp, **flags, **finals)
+        yield from specs(name + "reverse", _reverse_kernel, reverse, clamp, CONTINUES=False)
     yield from specs("pairs", _pairs_kernel, PAIRS)
     yield from specs("inputs", _inputs_kernel, INPUTS, True)
