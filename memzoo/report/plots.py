@@ -404,7 +404,7 @@ def by_position(task: Task, models: Sequence[Model], unit: str) -> Plot | None:
             buckets = longest[model.index]
             xs = [math.sqrt(max(b["from"], b["to"] / 4) * b["to"]) for b in buckets]  # the middle of a bucket on this axis
             ys = [b[unit] for b in buckets]
-            spans = [b.get("interval") if unit == task.metric else None for b in buckets]
+            spans = [interval(b) if unit == task.metric else None for b in buckets]
             _draw_curve(axes, xs, ys, spans, model.index)
             ends.append((xs[-1], ys[-1], model.label, model.index))
         _mark_training(axes, drawn)

@@ -166,6 +166,8 @@ def _fault(cell: Any) -> str | None:
         return f"no {', '.join(missing)}"
     if not isinstance(cell["model"], dict) or "name" not in cell["model"]:
         return "model has no name"
+    if cell["value"] is None:
+        return f"{cell['model']['name']} on {cell['task']} at {cell['length']} tokens has a score that is no number"
     if not isinstance(cell["value"], (int, float)) or not math.isfinite(cell["value"]):
         return f"value is {cell['value']!r}"
     if not isinstance(cell["length"], int):

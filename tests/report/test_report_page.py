@@ -288,6 +288,15 @@ def test_a_line_cut_off_by_a_crash_is_left_out_and_named(tmp_path, capsys):
     assert "left out: not JSON" in (tmp_path / "page.html").read_text()
 
 
+def test_a_model_that_fell_apart_is_named_and_the_others_shown(tmp_path):
+    rows = [row for row in made_up.cells(("sdnc-link", "titans-mac")) if row["suite"] == "ppl_by_length"]
+    nothing = {"loss": None, "bits_per_byte": None, "interval": [None, None]}
+    broken = [rows[0]["cells"][0] | {"interval": [None, None]}, rows[0]["cells"][1], *(b | nothing for b in rows[0]["cells"][2:])]
+    page, files, _ = page_of(tmp_path, [rows[0] | {"cells": broken}, rows[1] | {"value": None, "interval": None}])
+    assert page.faults == [] and "titans-mac on prose at 2048 tokens has a score that is no number" in files[0].read_text()
+    assert any(text.startswith("bits per byte of tokens") and "up to 256." in text for _, text in page.all("desc"))
+
+
 def test_folders_of_stores_are_read_together_and_repeats_count_once(tmp_path):
     rows = made_up.cells(("sdnc-link", "sdnc-window"))
     made_up.write(tmp_path / "a", [r for r in rows if r["model"]["name"] == "sdnc-link"], gradients=False)
