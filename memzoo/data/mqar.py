@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-from torch import Tensor
 
 from .niah import DoesNotFit
 from .symbols import single_token_words, written
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["associative_recall", "make_mqar"]
 
@@ -25,6 +29,8 @@ def associative_recall(
     Raises:
         ValueError: `length` below 4 * pairs, or a vocabulary with fewer keys than pairs.
     """
+    import torch  # here, as the suites' names should cost no more than numpy
+
     if length < 4 * pairs:
         raise ValueError(f"associative_recall: length is {length}, needs at least 4 * pairs = {4 * pairs}")
     if pairs < 1 or vocab_size // 2 - 1 < pairs:
@@ -66,6 +72,8 @@ def make_mqar(
     Raises:
         ValueError: too few words for the pairs, or a length below four times the pairs.
     """
+    import torch
+
     vocabulary = single_token_words(tokenizer, words, "mqar")[:8192]
     if len(vocabulary) < 16:
         raise ValueError(f"mqar needs 16 words that are one token each, has {len(vocabulary)}")

@@ -48,6 +48,11 @@ class Told(Progress):
         self.notes.append(text)
 
 
+def test_importing_costs_no_lm_eval_and_no_torch():
+    code = "import sys, memzoo.evaluation; print([name for name in ('torch', 'transformers', 'lm_eval') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
 def test_the_store_says_everything(folders, tmp_path):
     folder = folders["linear-transformer"]
     told = Told()
