@@ -127,7 +127,7 @@ def _gelu_slopes(z):
     return z * below, below + z * density, density * (2.0 - z * z)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _enter(
     slot, base, number, head, w1, w2, m1, m2, s1, s2,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, HAS_POSITION: tl.constexpr,
@@ -150,7 +150,7 @@ def _enter(
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _inner_gradient(
     k, v, lr, b1, b2, xs, slopes, curves, us, rows, vectors, base, front, end, head, H, nil, limit,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
@@ -237,81 +237,102 @@ def _last_row(mask, scalars, base, front, end, head, H, BT: tl.constexpr):
     )
 
 
-@triton.jit
-def _advance(
-    q, k, y, mask, scalars, slot, to, xs, slopes, us, rows, pairs, vectors, base, front, end, head, H, nil, opened, keep_start,
-    D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, READ: tl.constexpr,
+@triton.jit(noinline=True)
+def _read(
+    q, k, y, mask, scalars, slot, xs, slopes, us, rows, pairs, vectors, base, front, end, head, H, nil,
+    D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Write one chunk: the state `slot` to the state `to` (which may be the same), and with READ its outputs to y.
-
-    With READ and `keep_start`, the weights before go to `opened` too: they are the start of a chunk that stays open.
-    """
+    """The outputs of one chunk, whose state before it is `slot`."""
     kind = k.dtype.element_ty
     step = tl.load(vectors + nil + tl.arange(0, BT))
-    first: tl.constexpr = D * F
-    second: tl.constexpr = F * DV
-    into_weights, into_momentum, beta_last, c_last, e_last = _last_row(mask, scalars, base, front, end, head, H, BT)
     square, inside = _rows(nil, BT, BT, BT)
-    if READ:
-        keys = _load(k, base + nil, front, end, head, H, D, BT, BD)
-        pair = tl.dot(_load(q, base + nil, front, end, head, H, D, BT, BD), tl.trans(keys), input_precision=PRECISION)
-        pair *= _load(mask, base + nil, front, end, head, H, BT, BT, BT)
-        tl.store(pairs + square, pair.to(kind), mask=inside)
-        tl.debug_barrier()
-        beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
-        c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
-        mixed = tl.zeros((BT, BT), tl.float32)
-        out = tl.zeros((BT, BV), tl.float32)
+    keys = _load(k, base + nil, front, end, head, H, D, BT, BD)
+    pair = tl.dot(_load(q, base + nil, front, end, head, H, D, BT, BD), tl.trans(keys), input_precision=PRECISION)
+    pair *= _load(mask, base + nil, front, end, head, H, BT, BT, BT)
+    tl.store(pairs + square, pair.to(kind), mask=inside)
+    tl.debug_barrier()
+    beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
+    c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
+    mixed = tl.zeros((BT, BT), tl.float32)
+    out = tl.zeros((BT, BV), tl.float32)
     for f in range(0, F, BF):
         still = f * nil
         at1, inside1 = _slice(f, still, D, F, BD, BF)
         at2, inside2 = _slice(f, still, DV, F, BV, BF)
         here, held = _hidden(f, still, F, BT, BF)
-        x = tl.load(xs + here, mask=held, other=0.0)
         inner = step[:, None] * tl.load(us + here, mask=held, other=0.0).to(tl.float32)
         inner *= tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
-        w1 = tl.load(slot + at1, mask=inside1, other=0.0)
-        s1 = tl.load(slot + first + at1, mask=inside1, other=0.0)
-        if READ:
-            query = _load(q, base + still, front, end, head, H, D, BT, BD)
-            compared = _get(pairs, still, BT, BT, BT)
-            h = beta * tl.dot(query, w1.to(kind), input_precision=PRECISION)
-            h += c * tl.dot(query, s1.to(kind), input_precision=PRECISION)
-            h -= tl.dot(compared, inner.to(kind), input_precision=PRECISION)
+        h = -tl.dot(_get(pairs, still, BT, BT, BT), inner.to(kind), input_precision=PRECISION)
+        query = _load(q, base + still, front, end, head, H, D, BT, BD)
+        weight = tl.load(slot + at1, mask=inside1, other=0.0).to(kind)
+        h += beta * tl.dot(query, weight, input_precision=PRECISION)
+        weight = tl.load(slot + D * F + at1, mask=inside1, other=0.0).to(kind)
+        h += c * tl.dot(query, weight, input_precision=PRECISION)
+        a = _gelu(h).to(kind)
+        x = tl.load(xs + here, mask=held, other=0.0)
+        mixed += tl.dot(a, tl.trans(x), input_precision=PRECISION)
+        weight = tl.load(slot + 2 * D * F + at2, mask=inside2, other=0.0).to(kind)
+        out += beta * tl.dot(a, tl.trans(weight), input_precision=PRECISION)
+        weight = tl.load(slot + 2 * D * F + F * DV + at2, mask=inside2, other=0.0).to(kind)
+        out += c * tl.dot(a, tl.trans(weight), input_precision=PRECISION)
+    write = (step[:, None] * _get(rows, nil, DV, BT, BV)).to(kind)
+    mixed *= _load(mask, base + nil, front, end, head, H, BT, BT, BT)
+    out -= tl.dot(mixed.to(kind), write, input_precision=PRECISION)
+    if RESIDUAL:
+        out += _load(q, base + nil, front, end, head, H, D, BT, BD).to(tl.float32)
+    _store(y, out, base + nil, front, end, head, H, DV, BT, BV)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def _write(
+    k, mask, scalars, slot, to, opened, keep_start, xs, slopes, us, rows, vectors, base, front, end, head, H, nil,
+    D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, KEEP_START: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Write one chunk: the state `slot` to the state `to`, which may be the same.
+
+    With KEEP_START and `keep_start` not 0, the weights before go to `opened` too: they are the start of a chunk that stays open.
+    """
+    kind = k.dtype.element_ty
+    first: tl.constexpr = D * F
+    second: tl.constexpr = F * DV
+    step = tl.load(vectors + nil + tl.arange(0, BT))
+    into_weights, into_momentum, beta_last, c_last, e_last = _last_row(mask, scalars, base, front, end, head, H, BT)
+    for f in range(0, F, BF):
+        still = f * nil
+        at, inside = _slice(f, still, D, F, BD, BF)
+        here, held = _hidden(f, still, F, BT, BF)
+        inner = step[:, None] * tl.load(us + here, mask=held, other=0.0).to(tl.float32)
+        inner *= tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
         key = _load(k, base + still, front, end, head, H, D, BT, BD)
-        change1 = tl.dot(tl.trans(key), (into_weights[:, None] * inner).to(kind), input_precision=PRECISION)
-        moved1 = tl.dot(tl.trans(key), (into_momentum[:, None] * inner).to(kind), input_precision=PRECISION)
+        change = tl.dot(tl.trans(key), (into_weights[:, None] * inner).to(kind), input_precision=PRECISION)
+        moved = tl.dot(tl.trans(key), (into_momentum[:, None] * inner).to(kind), input_precision=PRECISION)
+        w = tl.load(slot + at, mask=inside, other=0.0)
+        s = tl.load(slot + first + at, mask=inside, other=0.0)
         tl.debug_barrier()  # every thread has read this slice before any writes it
-        if READ:  # noqa: SIM102
-            if keep_start:
-                tl.store(opened + at1, w1, mask=inside1)
-        tl.store(to + at1, beta_last * w1 + c_last * s1 - change1, mask=inside1)
-        tl.store(to + first + at1, e_last * s1 - moved1, mask=inside1)
-        w2 = tl.load(slot + 2 * first + at2, mask=inside2, other=0.0)
-        s2 = tl.load(slot + 2 * first + second + at2, mask=inside2, other=0.0)
-        if READ:
-            a = _gelu(h).to(kind)
-            mixed += tl.dot(a, tl.trans(x), input_precision=PRECISION)
-            out += beta * tl.dot(a, tl.trans(w2.to(kind)), input_precision=PRECISION)
-            out += c * tl.dot(a, tl.trans(s2.to(kind)), input_precision=PRECISION)
+        if KEEP_START:  # noqa: SIM102
+            if keep_start != 0:
+                tl.store(opened + at, w, mask=inside)
+        tl.store(to + at, beta_last * w + c_last * s - change, mask=inside)
+        tl.store(to + first + at, e_last * s - moved, mask=inside)
+    for f in range(0, F, BF):
+        still = f * nil
+        at, inside = _slice(f, still, DV, F, BV, BF)
+        here, held = _hidden(f, still, F, BT, BF)
+        x = tl.load(xs + here, mask=held, other=0.0).to(tl.float32)
         write = (step[:, None] * _get(rows, still, DV, BT, BV)).to(kind)
-        x = x.to(tl.float32)
-        change2 = tl.dot(tl.trans(write), (into_weights[:, None] * x).to(kind), input_precision=PRECISION)
-        moved2 = tl.dot(tl.trans(write), (into_momentum[:, None] * x).to(kind), input_precision=PRECISION)
+        change = tl.dot(tl.trans(write), (into_weights[:, None] * x).to(kind), input_precision=PRECISION)
+        moved = tl.dot(tl.trans(write), (into_momentum[:, None] * x).to(kind), input_precision=PRECISION)
+        w = tl.load(slot + 2 * first + at, mask=inside, other=0.0)
+        s = tl.load(slot + 2 * first + second + at, mask=inside, other=0.0)
         tl.debug_barrier()
-        if READ:  # noqa: SIM102
-            if keep_start:
-                tl.store(opened + first + at2, w2, mask=inside2)
-        tl.store(to + 2 * first + at2, beta_last * w2 + c_last * s2 - change2, mask=inside2)
-        tl.store(to + 2 * first + second + at2, e_last * s2 - moved2, mask=inside2)
-    if READ:
-        written = (step[:, None] * _get(rows, nil, DV, BT, BV)).to(kind)
-        mixed *= _load(mask, base + nil, front, end, head, H, BT, BT, BT)
-        out -= tl.dot(mixed.to(kind), written, input_precision=PRECISION)
-        if RESIDUAL:
-            out += _load(q, base + nil, front, end, head, H, D, BT, BD).to(tl.float32)
-        _store(y, out, base + nil, front, end, head, H, DV, BT, BV)
+        if KEEP_START:  # noqa: SIM102
+            if keep_start != 0:
+                tl.store(opened + first + at, w, mask=inside)
+        tl.store(to + 2 * first + at, beta_last * w + c_last * s - change, mask=inside)
+        tl.store(to + 2 * first + second + at, e_last * s - moved, mask=inside)
     tl.debug_barrier()
 
 
@@ -352,10 +373,14 @@ def _forward_kernel(
                 k, v, lr, slot + b1, slot + b2, xs, slopes, slopes, us, grad_rows, vectors, base, front, end, head, H, nil, limit,
                 D, F, DV, RESIDUAL, L2, CLAMP, False, PRECISION, BT, BD, BF, BV,
             )  # fmt: skip
-            keep_start = (chunk == count - 1) & (end < BT) & (front == 0)
-            _advance(
-                q, k, y, mask, scalars, slot, slot, xs, slopes, us, grad_rows, pair_rows, vectors,
-                base, front, end, head, H, nil, start, keep_start, D, F, DV, RESIDUAL, True, PRECISION, BT, BD, BF, BV,
+            _read(
+                q, k, y, mask, scalars, slot, xs, slopes, us, grad_rows, pair_rows, vectors, base, front, end, head, H, nil,
+                D, F, DV, RESIDUAL, PRECISION, BT, BD, BF, BV,
+            )  # fmt: skip
+            keep_start = ((chunk == count - 1) & (end < BT) & (front == 0)).to(tl.int32)
+            _write(
+                k, mask, scalars, slot, slot, start, keep_start, xs, slopes, us, grad_rows, vectors, base, front, end, head, H, nil,
+                D, F, DV, HAS_FINAL, PRECISION, BT, BD, BF, BV,
             )  # fmt: skip
             if KEEP:
                 after = chunk + 1
@@ -380,7 +405,7 @@ def _forward_kernel(
 # transposed goes through memory.
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _pass_hidden(
     q, k, mask, scalars, slot, slopes, us, hs, pairs, vectors, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr,
@@ -413,111 +438,172 @@ def _pass_hidden(
     tl.debug_barrier()
 
 
-@triton.jit
-def _pass_second(
-    k, dy, mask, scalars, dmask, dscalars, slot, carry, xs, hs, dxs, rows, drows, pairs, vectors, base, front, end, head, H, nil,
+@triton.jit(noinline=True)
+def _pass_write(
+    k, mask, dscalars, scalars, carry, xs, dxs, rows, drows, vectors, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Through the second layer's read and write: dH to hs, part of dX to dxs, dg2 to drows, dW2 and dS2 carried on; part of dA to dmask and of the
-    gradients of beta, c, e and the last row of E to dscalars.
-    """
+    """Through the second layer's write: part of dg2 to drows, of dX to dxs, of the last row's dA to vectors and of its dE to dscalars."""
     kind = k.dtype.element_ty
-    step = tl.load(vectors + nil + tl.arange(0, BT))
-    first: tl.constexpr = D * F
     second: tl.constexpr = F * DV
-    wide, real = _rows(nil, DV, BT, BV)
-    square, whole = _rows(nil, BT, BT, BT)
-    outer = _load(dy, base + nil, front, end, head, H, DV, BT, BV)
-    left = _load(mask, base + nil, front, end, head, H, BT, BT, BT)
-    written = (step[:, None] * _get(rows, nil, DV, BT, BV)).to(kind)
-    pair = left * tl.dot(outer, tl.trans(written), input_precision=PRECISION)
-    tl.store(pairs + square, pair.to(kind), mask=whole)
-    pair = tl.trans(left) * tl.dot(written, tl.trans(outer), input_precision=PRECISION)
-    tl.store(pairs + BT * BT + square, pair.to(kind), mask=whole)
-    tl.debug_barrier()
-    beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
-    c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
-    into_weights, into_momentum, beta_last, c_last, e_last = _last_row(mask, scalars, base, front, end, head, H, BT)
+    carry += 2 * D * F
+    step = tl.load(vectors + nil + tl.arange(0, BT))
+    into_weights, into_momentum, _, _, _ = _last_row(mask, scalars, base, front, end, head, H, BT)
     into_weights = into_weights[:, None]
     into_momentum = into_momentum[:, None]
-    mixed = tl.zeros((BT, BT), tl.float32)
     dwrite = tl.zeros((BT, BV), tl.float32)
-    dbeta = tl.zeros((BT,), tl.float32)
-    dc = tl.zeros((BT,), tl.float32)
     dinto_weights = tl.zeros((BT,), tl.float32)
     dinto_momentum = tl.zeros((BT,), tl.float32)
-    dbeta_last = tl.zeros((BV,), tl.float32)
-    dc_last = tl.zeros((BV,), tl.float32)
-    de_last = tl.zeros((BV,), tl.float32)
     for f in range(0, F, BF):
         still = f * nil
         at, inside = _slice(f, still, DV, F, BV, BF)
         here, held = _hidden(f, still, F, BT, BF)
         x = tl.load(xs + here, mask=held, other=0.0)
-        a, slope, _ = _gelu_slopes(tl.load(hs + here, mask=held, other=0.0).to(tl.float32))
-        mixed += tl.dot(a.to(kind), tl.trans(x), input_precision=PRECISION)
-        # The read.
-        given = _load(dy, base + still, front, end, head, H, DV, BT, BV)
-        w2 = tl.load(slot + 2 * first + at, mask=inside, other=0.0)
-        part = tl.dot(given, w2.to(kind), input_precision=PRECISION)
-        dbeta += tl.sum(a * part, 1)
-        dh = beta * part
-        s2 = tl.load(slot + 2 * first + second + at, mask=inside, other=0.0)
-        part = tl.dot(given, s2.to(kind), input_precision=PRECISION)
-        dc += tl.sum(a * part, 1)
-        dh += c * part
-        dh -= tl.dot(_get(pairs, still, BT, BT, BT), x, input_precision=PRECISION)
-        # The write.
-        dx = -tl.dot(_get(pairs + BT * BT, still, BT, BT, BT), a.to(kind), input_precision=PRECISION)
         write = (step[:, None] * _get(rows, still, DV, BT, BV)).to(kind)
-        dw2 = tl.load(carry + 2 * first + at, mask=inside, other=0.0)
-        part = tl.dot(write, dw2.to(kind), input_precision=PRECISION)
+        weight = tl.load(carry + at, mask=inside, other=0.0).to(kind)
+        part = tl.dot(write, weight, input_precision=PRECISION)
         dinto_weights -= tl.sum(x.to(tl.float32) * part, 1)
-        dx -= into_weights * part
-        ds2 = tl.load(carry + 2 * first + second + at, mask=inside, other=0.0)
-        part = tl.dot(write, ds2.to(kind), input_precision=PRECISION)
+        dx = -into_weights * part
+        dwrite -= into_weights * tl.dot(x, tl.trans(weight), input_precision=PRECISION)
+        weight = tl.load(carry + second + at, mask=inside, other=0.0).to(kind)
+        part = tl.dot(write, weight, input_precision=PRECISION)
         dinto_momentum -= tl.sum(x.to(tl.float32) * part, 1)
         dx -= into_momentum * part
-        dwrite -= into_weights * tl.dot(x, tl.trans(dw2.to(kind)), input_precision=PRECISION)
-        dwrite -= into_momentum * tl.dot(x, tl.trans(ds2.to(kind)), input_precision=PRECISION)
-        dbeta_last += tl.sum(w2 * dw2, 1)
-        dc_last += tl.sum(s2 * dw2, 1)
-        de_last += tl.sum(s2 * ds2, 1)
-        from_weights = tl.dot(tl.trans(given), (beta * a).to(kind), input_precision=PRECISION)
-        from_momentum = tl.dot(tl.trans(given), (c * a).to(kind), input_precision=PRECISION)
-        tl.debug_barrier()  # every thread has read this slice before any writes it
-        tl.store(hs + here, (dh * slope).to(kind), mask=held)
+        dwrite -= into_momentum * tl.dot(x, tl.trans(weight), input_precision=PRECISION)
         tl.store(dxs + here, dx.to(kind), mask=held)
-        tl.store(carry + 2 * first + at, beta_last * dw2 + from_weights, mask=inside)
-        tl.store(carry + 2 * first + second + at, c_last * dw2 + e_last * ds2 + from_momentum, mask=inside)
-    outer = _load(dy, base + nil, front, end, head, H, DV, BT, BV)
-    written = (step[:, None] * _get(rows, nil, DV, BT, BV)).to(kind)
-    left = _load(mask, base + nil, front, end, head, H, BT, BT, BT)
-    tl.debug_barrier()
-    tl.store(pairs + square, (left * mixed).to(kind), mask=whole)
-    mixed *= tl.dot(outer, tl.trans(written), input_precision=PRECISION)
-    last = tl.arange(0, BT) == end - 1
-    mixed = tl.where(last[:, None], dinto_weights[None, :], 0.0) - mixed
-    _store(dmask, mixed, base + nil, front, end, head, H, BT, BT, BT)
-    tl.debug_barrier()
-    dwrite -= tl.dot(tl.trans(_get(pairs, nil, BT, BT, BT)), outer, input_precision=PRECISION)
+    wide, real = _rows(nil, DV, BT, BV)
     tl.store(drows + wide, dwrite, mask=real)
-    _put(dscalars, dbeta + tl.where(last, tl.sum(dbeta_last, 0), 0.0), base + nil, front, end, head, H, BT, 4, 0)
-    _put(dscalars, dc + tl.where(last, tl.sum(dc_last, 0), 0.0), base + nil, front, end, head, H, BT, 4, 1)
-    _put(dscalars, tl.where(last, tl.sum(de_last, 0), 0.0), base + nil, front, end, head, H, BT, 4, 2)
+    tl.store(vectors + 7 * BT + nil + tl.arange(0, BT), dinto_weights)
     _put(dscalars, dinto_momentum, base + nil, front, end, head, H, BT, 4, 3)
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(noinline=True)
+def _pass_carry(
+    x, scalars, dscalars, slot, carry, hs, GELU: tl.constexpr, base, front, end, head, H, nil,
+    D: tl.constexpr, F: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """Carry dW and dS of one layer to before the chunk. Layers are [D, F]; `slot` and `carry` begin at the layer's weights.
+
+    What the chunk's reads give to W and S is x^T (beta hs) and x^T (c hs), x being the queries and hs dH, or, of the second layer, which is
+    held transposed, x being dY and GELU(hs) the layer's input. To dscalars, at the last row, its dbeta, dc and de: the second layer, which
+    comes first, writes them, the first adds to them.
+    """
+    kind = x.dtype.element_ty
+    size: tl.constexpr = D * F
+    beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
+    c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
+    token = (base + end - 1) * H + head
+    beta_last, c_last = tl.load(scalars + token * 4), tl.load(scalars + token * 4 + 1)
+    e_last = tl.load(scalars + token * 4 + 2)
+    dbeta = tl.zeros((BD,), tl.float32)
+    dc = tl.zeros((BD,), tl.float32)
+    de = tl.zeros((BD,), tl.float32)
+    for f in range(0, F, BF):
+        still = f * nil
+        at, inside = _slice(f, still, D, F, BD, BF)
+        here, held = _hidden(f, still, F, BT, BF)
+        h = tl.load(hs + here, mask=held, other=0.0).to(tl.float32)
+        if GELU:
+            h = _gelu(h)
+        left = tl.trans(_load(x, base + still, front, end, head, H, D, BT, BD))
+        from_weights = tl.dot(left, (beta * h).to(kind), input_precision=PRECISION)
+        from_momentum = tl.dot(left, (c * h).to(kind), input_precision=PRECISION)
+        dw = tl.load(carry + at, mask=inside, other=0.0)
+        dbeta += tl.sum(tl.load(slot + at, mask=inside, other=0.0) * dw, 1)
+        s = tl.load(slot + size + at, mask=inside, other=0.0)
+        dc += tl.sum(s * dw, 1)
+        ds = tl.load(carry + size + at, mask=inside, other=0.0)
+        de += tl.sum(s * ds, 1)
+        tl.debug_barrier()  # every thread has read this slice before any writes it
+        tl.store(carry + at, beta_last * dw + from_weights, mask=inside)
+        tl.store(carry + size + at, c_last * dw + e_last * ds + from_momentum, mask=inside)
+    last = tl.arange(0, BT) == end - 1
+    for which in tl.static_range(3):
+        total = tl.sum(dbeta if which == 0 else dc if which == 1 else de, 0)
+        value = tl.where(last, total, 0.0)
+        if not GELU:
+            value += _gate(dscalars, base + nil, front, end, head, H, BT, 4, which)
+        _put(dscalars, value, base + nil, front, end, head, H, BT, 4, which)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def _pass_second(
+    k, dy, mask, scalars, dmask, dscalars, slot, xs, hs, dxs, rows, drows, pairs, vectors, base, front, end, head, H, nil,
+    D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Through the second layer's read: dH to hs, the rest of dg2 to drows, more of dX to dxs and of dbeta and dc to dscalars, part of dmask."""
+    kind = k.dtype.element_ty
+    slot += 2 * D * F
+    step = tl.load(vectors + nil + tl.arange(0, BT))
+    square, whole = _rows(nil, BT, BT, BT)
+    outer = _load(dy, base + nil, front, end, head, H, DV, BT, BV)
+    left = _load(mask, base + nil, front, end, head, H, BT, BT, BT)
+    write = (step[:, None] * _get(rows, nil, DV, BT, BV)).to(kind)
+    pair = left * tl.dot(outer, tl.trans(write), input_precision=PRECISION)
+    tl.store(pairs + square, pair.to(kind), mask=whole)
+    pair = tl.trans(left) * tl.dot(write, tl.trans(outer), input_precision=PRECISION)
+    tl.store(pairs + BT * BT + square, pair.to(kind), mask=whole)
+    tl.debug_barrier()
+    beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
+    c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
+    mixed = tl.zeros((BT, BT), tl.float32)
+    dbeta = tl.zeros((BT,), tl.float32)
+    dc = tl.zeros((BT,), tl.float32)
+    for f in range(0, F, BF):
+        still = f * nil
+        at, inside = _slice(f, still, DV, F, BV, BF)
+        here, held = _hidden(f, still, F, BT, BF)
+        x = tl.load(xs + here, mask=held, other=0.0)
+        dh = -tl.dot(_get(pairs, still, BT, BT, BT), x, input_precision=PRECISION)
+        a, slope, _ = _gelu_slopes(tl.load(hs + here, mask=held, other=0.0).to(tl.float32))
+        given = _load(dy, base + still, front, end, head, H, DV, BT, BV)
+        weight = tl.load(slot + at, mask=inside, other=0.0).to(kind)
+        part = tl.dot(given, weight, input_precision=PRECISION)
+        dbeta += tl.sum(a * part, 1)
+        dh += beta * part
+        weight = tl.load(slot + F * DV + at, mask=inside, other=0.0).to(kind)
+        part = tl.dot(given, weight, input_precision=PRECISION)
+        dc += tl.sum(a * part, 1)
+        dh += c * part
+        dh *= slope
+        a = a.to(kind)
+        mixed += tl.dot(a, tl.trans(x), input_precision=PRECISION)
+        dx = tl.load(dxs + here, mask=held, other=0.0).to(tl.float32)
+        dx -= tl.dot(_get(pairs + BT * BT, still, BT, BT, BT), a, input_precision=PRECISION)
+        tl.debug_barrier()  # every thread has read this slice before any writes it
+        tl.store(hs + here, dh.to(kind), mask=held)
+        tl.store(dxs + here, dx.to(kind), mask=held)
+    dbeta += _gate(dscalars, base + nil, front, end, head, H, BT, 4, 0)
+    dc += _gate(dscalars, base + nil, front, end, head, H, BT, 4, 1)
+    tl.debug_barrier()
+    _put(dscalars, dbeta, base + nil, front, end, head, H, BT, 4, 0)
+    _put(dscalars, dc, base + nil, front, end, head, H, BT, 4, 1)
+    tl.store(pairs + square, (mixed * _load(mask, base + nil, front, end, head, H, BT, BT, BT)).to(kind), mask=whole)
+    tl.debug_barrier()
+    outer = _load(dy, base + nil, front, end, head, H, DV, BT, BV)
+    write = (step[:, None] * _get(rows, nil, DV, BT, BV)).to(kind)
+    mixed *= tl.dot(outer, tl.trans(write), input_precision=PRECISION)
+    _store(dmask, -mixed, base + nil, front, end, head, H, BT, BT, BT)
+    dwrite = _get(drows, nil, DV, BT, BV)
+    dwrite -= tl.dot(tl.trans(_get(pairs, nil, BT, BT, BT)), outer, input_precision=PRECISION)
+    tl.debug_barrier()
+    wide, real = _rows(nil, DV, BT, BV)
+    tl.store(drows + wide, dwrite, mask=real)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
 def _pass_keys(
     q, k, mask, scalars, dlr, dscalars, carry, slopes, us, hs, dgs, key_rows, pairs, vectors, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """Through what the first layer is written: dg1 to dgs, rowsum(dg1 * G1) to dlr, part of dK to key_rows, of the last
-    row's dA to vectors and of its dE to dscalars.
+    """Through what the first layer is written: dg1 to dgs, rowsum(dg1 * G1) to dlr, part of dK to key_rows, and the rest
+    of the last row's dA to vectors and of its dE to dscalars.
     """
     kind = k.dtype.element_ty
     step = tl.load(vectors + nil + tl.arange(0, BT))
@@ -558,95 +644,92 @@ def _pass_keys(
         tl.store(dgs + here, dwrite.to(kind), mask=held)
     wide, real = _rows(nil, D, BT, BD)
     tl.store(key_rows + wide, dkey, mask=real)
-    tl.store(vectors + 7 * BT + nil + tl.arange(0, BT), dinto_weights)
+    dinto_weights += tl.load(vectors + 7 * BT + nil + tl.arange(0, BT))
     _put(dlr, dstep, base + nil, front, end, head, H, BT, 1, 0)
     dinto_momentum += _gate(dscalars, base + nil, front, end, head, H, BT, 4, 3)
     tl.debug_barrier()
+    tl.store(vectors + 7 * BT + nil + tl.arange(0, BT), dinto_weights)
     _put(dscalars, dinto_momentum, base + nil, front, end, head, H, BT, 4, 3)
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(noinline=True)
+def _pass_mask(
+    q, k, mask, dmask, slopes, us, hs, pairs, vectors, base, front, end, head, H, nil,
+    D: tl.constexpr, F: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """The rest of dA to dmask, and M1 to pairs."""
+    kind = k.dtype.element_ty
+    step = tl.load(vectors + nil + tl.arange(0, BT))
+    mixed = tl.zeros((BT, BT), tl.float32)
+    for f in range(0, F, BF):
+        still = f * nil
+        here, held = _hidden(f, still, F, BT, BF)
+        write = step[:, None] * tl.load(us + here, mask=held, other=0.0).to(tl.float32)
+        write *= tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
+        dh = tl.load(hs + here, mask=held, other=0.0)
+        mixed += tl.dot(dh, tl.trans(write.to(kind)), input_precision=PRECISION)
+    square, whole = _rows(nil, BT, BT, BT)
+    tl.store(pairs + square, (mixed * _load(mask, base + nil, front, end, head, H, BT, BT, BT)).to(kind), mask=whole)
+    key = _load(k, base + nil, front, end, head, H, D, BT, BD)
+    mixed *= tl.dot(_load(q, base + nil, front, end, head, H, D, BT, BD), tl.trans(key), input_precision=PRECISION)
+    dleft = _load(dmask, base + nil, front, end, head, H, BT, BT, BT) - mixed
+    dinto_weights = tl.load(vectors + 7 * BT + nil + tl.arange(0, BT))
+    dleft += tl.where((tl.arange(0, BT) == end - 1)[:, None], dinto_weights[None, :], 0.0)
+    tl.debug_barrier()
+    _store(dmask, dleft, base + nil, front, end, head, H, BT, BT, BT)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
 def _pass_first(
-    q, k, dy, mask, scalars, dq, dmask, dscalars, slot, carry, slopes, us, hs, pairs, vectors, base, front, end, head, H, nil,
+    q, k, dy, scalars, dq, dscalars, slot, hs, pairs, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr, RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """Through the first layer's read: dQ, dW1 and dS1 carried on, M1 to pairs, and the rest of dmask and dscalars."""
+    """Through the first layer's read: dQ, and the rest of dbeta and dc to dscalars."""
     kind = k.dtype.element_ty
-    step = tl.load(vectors + nil + tl.arange(0, BT))
     beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
     c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
-    token = (base + end - 1) * H + head
-    beta_last, c_last = tl.load(scalars + token * 4), tl.load(scalars + token * 4 + 1)
-    e_last = tl.load(scalars + token * 4 + 2)
-    mixed = tl.zeros((BT, BT), tl.float32)
     dquery = tl.zeros((BT, BD), tl.float32)
     dbeta = tl.zeros((BT,), tl.float32)
     dc = tl.zeros((BT,), tl.float32)
-    dbeta_last = tl.zeros((BD,), tl.float32)
-    dc_last = tl.zeros((BD,), tl.float32)
-    de_last = tl.zeros((BD,), tl.float32)
     for f in range(0, F, BF):
         still = f * nil
         at, inside = _slice(f, still, D, F, BD, BF)
         here, held = _hidden(f, still, F, BT, BF)
         dh = tl.load(hs + here, mask=held, other=0.0)
-        write = step[:, None] * tl.load(us + here, mask=held, other=0.0).to(tl.float32)
-        write *= tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
-        mixed += tl.dot(dh, tl.trans(write.to(kind)), input_precision=PRECISION)
         query = _load(q, base + still, front, end, head, H, D, BT, BD)
-        w1 = tl.load(slot + at, mask=inside, other=0.0)
-        part = tl.dot(dh, tl.trans(w1.to(kind)), input_precision=PRECISION)
-        dbeta += tl.sum(query.to(tl.float32) * part, 1)
-        dquery += beta * part
-        s1 = tl.load(slot + D * F + at, mask=inside, other=0.0)
-        part = tl.dot(dh, tl.trans(s1.to(kind)), input_precision=PRECISION)
-        dc += tl.sum(query.to(tl.float32) * part, 1)
-        dquery += c * part
-        dw1 = tl.load(carry + at, mask=inside, other=0.0)
-        ds1 = tl.load(carry + D * F + at, mask=inside, other=0.0)
-        dbeta_last += tl.sum(w1 * dw1, 1)
-        dc_last += tl.sum(s1 * dw1, 1)
-        de_last += tl.sum(s1 * ds1, 1)
-        dh = dh.to(tl.float32)
-        from_weights = tl.dot(tl.trans(query), (beta * dh).to(kind), input_precision=PRECISION)
-        from_momentum = tl.dot(tl.trans(query), (c * dh).to(kind), input_precision=PRECISION)
-        tl.debug_barrier()
-        tl.store(carry + at, beta_last * dw1 + from_weights, mask=inside)
-        tl.store(carry + D * F + at, c_last * dw1 + e_last * ds1 + from_momentum, mask=inside)
+        weight = tl.load(slot + at, mask=inside, other=0.0).to(kind)
+        dbeta += tl.sum(dh.to(tl.float32) * tl.dot(query, weight, input_precision=PRECISION), 1)
+        dquery += beta * tl.dot(dh, tl.trans(weight), input_precision=PRECISION)
+        weight = tl.load(slot + D * F + at, mask=inside, other=0.0).to(kind)
+        dc += tl.sum(dh.to(tl.float32) * tl.dot(query, weight, input_precision=PRECISION), 1)
+        dquery += c * tl.dot(dh, tl.trans(weight), input_precision=PRECISION)
     key = _load(k, base + nil, front, end, head, H, D, BT, BD)
-    pair = (mixed * _load(mask, base + nil, front, end, head, H, BT, BT, BT)).to(kind)
-    square, whole = _rows(nil, BT, BT, BT)
-    tl.store(pairs + square, pair, mask=whole)
-    dquery -= tl.dot(pair, key, input_precision=PRECISION)
+    dquery -= tl.dot(_get(pairs, nil, BT, BT, BT), key, input_precision=PRECISION)
     if RESIDUAL:
         dquery += _load(dy, base + nil, front, end, head, H, D, BT, BD).to(tl.float32)
     _store(dq, dquery, base + nil, front, end, head, H, D, BT, BD)
-    mixed *= tl.dot(_load(q, base + nil, front, end, head, H, D, BT, BD), tl.trans(key), input_precision=PRECISION)
-    dleft = _load(dmask, base + nil, front, end, head, H, BT, BT, BT) - mixed
-    last = tl.arange(0, BT) == end - 1
-    dinto_weights = tl.load(vectors + 7 * BT + nil + tl.arange(0, BT))
-    dleft += tl.where(last[:, None], dinto_weights[None, :], 0.0)
-    dbeta += _gate(dscalars, base + nil, front, end, head, H, BT, 4, 0) + tl.where(last, tl.sum(dbeta_last, 0), 0.0)
-    dc += _gate(dscalars, base + nil, front, end, head, H, BT, 4, 1) + tl.where(last, tl.sum(dc_last, 0), 0.0)
-    de = _gate(dscalars, base + nil, front, end, head, H, BT, 4, 2) + tl.where(last, tl.sum(de_last, 0), 0.0)
+    dbeta += _gate(dscalars, base + nil, front, end, head, H, BT, 4, 0)
+    dc += _gate(dscalars, base + nil, front, end, head, H, BT, 4, 1)
     tl.debug_barrier()
-    _store(dmask, dleft, base + nil, front, end, head, H, BT, BT, BT)
     _put(dscalars, dbeta, base + nil, front, end, head, H, BT, 4, 0)
     _put(dscalars, dc, base + nil, front, end, head, H, BT, 4, 1)
-    _put(dscalars, de, base + nil, front, end, head, H, BT, 4, 2)
     tl.debug_barrier()
 
 
-@triton.jit
-def _pass_inner(
-    q, k, dk, dv, dlr, b1, b2, db1, db2, xs, slopes, curves, us, dxs, dgs, rows, drows, key_rows, pairs,
-    vectors, base, front, end, head, H, nil, limit,
+@triton.jit(noinline=True)
+def _pass_grad(
+    k, dv, dlr, b2, slopes, us, dgs, rows, drows, key_rows, vectors, base, front, end, head, H, nil, limit,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
-    PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Through the clamp and the inner gradient: dlr, dV, dK, and the gradient of the weights it is taken at, added to db1 and db2."""
+    """Through the clamp and the second layer of the inner gradient: dlr, dV = -dG2, and its share of dK to key_rows.
+
+    With a clamp, |K|^2, |G1|^2 and |G2|^2 in vectors are replaced by what each times its partner adds to the gradient of that partner.
+    """
     kind = k.dtype.element_ty
     i = nil + tl.arange(0, BT)
     step = tl.load(vectors + i)
@@ -655,8 +738,8 @@ def _pass_inner(
     dstep += tl.sum(dgrad * _get(rows, nil, DV, BT, BV), 1)
     dgrad *= step[:, None]
     dtheta = dstep
+    by_key = tl.zeros((BT,), tl.float32)
     if CLAMP:
-        # Of n, over n: what every gradient that n is made of gets, times its own partner's square.
         norm = tl.load(vectors + 2 * BT + i)
         by_norm = tl.where(norm > limit, -step * dstep / tl.maximum(norm * norm, limit * limit), 0.0)
         by_key = by_norm * tl.load(vectors + 3 * BT + i)
@@ -664,6 +747,10 @@ def _pass_inner(
         by_grad = by_norm * tl.load(vectors + 6 * BT + i)
         dgrad += (by_norm * tl.load(vectors + 5 * BT + i))[:, None] * _get(rows, nil, DV, BT, BV)
         dtheta *= tl.load(vectors + BT + i)
+        tl.debug_barrier()
+        tl.store(vectors + 3 * BT + i, by_key)
+        tl.store(vectors + 4 * BT + i, by_inner)
+        tl.store(vectors + 6 * BT + i, by_grad)
     tl.debug_barrier()
     _put(dlr, dtheta, base + nil, front, end, head, H, BT, 1, 0)
     for f in range(0, F, BF):
@@ -677,42 +764,76 @@ def _pass_inner(
         weight = tl.load(b2 + at, mask=inside, other=0.0).to(kind)
         dgrad += tl.dot((dinner * slope).to(kind), tl.trans(weight), input_precision=PRECISION)
     _store(dv, -dgrad, base + nil, front, end, head, H, DV, BT, BV)
-    dkey = _get(key_rows, nil, D, BT, BD)
     if RESIDUAL and L2:
-        dkey += dgrad
+        dgrad += _get(key_rows, nil, D, BT, BV)
+        tl.debug_barrier()
+        wide, real = _rows(nil, D, BT, BV)
+        tl.store(key_rows + wide, dgrad, mask=real)
     tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def _pass_inner(
+    k, dv, b2, db2, xs, slopes, curves, us, dxs, dgs, rows, vectors, base, front, end, head, H, nil,
+    F: tl.constexpr, DV: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Through the GELU of the inner gradient: dZ to dgs, and the gradient of the second layer's weights added to db2."""
+    kind = k.dtype.element_ty
+    step = tl.load(vectors + nil + tl.arange(0, BT))
+    if CLAMP:
+        by_key = tl.load(vectors + 3 * BT + nil + tl.arange(0, BT))
+        by_grad = tl.load(vectors + 6 * BT + nil + tl.arange(0, BT))
     for f in range(0, F, BF):
         still = f * nil
-        at1, inside1 = _slice(f, still, D, F, BD, BF)
-        at2, inside2 = _slice(f, still, DV, F, BV, BF)
+        at, inside = _slice(f, still, DV, F, BV, BF)
         here, held = _hidden(f, still, F, BT, BF)
+        x = tl.load(xs + here, mask=held, other=0.0)
         slope = tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
         u = tl.load(us + here, mask=held, other=0.0).to(tl.float32)
-        x = tl.load(xs + here, mask=held, other=0.0)
         dinner = step[:, None] * tl.load(dgs + here, mask=held, other=0.0).to(tl.float32)
-        if CLAMP:
-            dinner += by_key[:, None] * slope * u
-        grad = _get(rows, still, DV, BT, BV).to(kind)
-        change2 = tl.dot(tl.trans(grad), (dinner * slope).to(kind), input_precision=PRECISION)
         dx = tl.load(dxs + here, mask=held, other=0.0).to(tl.float32)
         if CLAMP:
+            dinner += by_key[:, None] * slope * u
             dx += by_grad[:, None] * x.to(tl.float32)
+        grad = _get(rows, still, DV, BT, BV).to(kind)
+        change = tl.dot(tl.trans(grad), (dinner * slope).to(kind), input_precision=PRECISION)
         if L2:
             negative = _load(dv, base + still, front, end, head, H, DV, BT, BV)
-            weight = tl.load(b2 + at2, mask=inside2, other=0.0).to(kind)
+            weight = tl.load(b2 + at, mask=inside, other=0.0).to(kind)
             dx -= tl.dot(negative, weight, input_precision=PRECISION)
-            change2 -= tl.dot(tl.trans(negative), x, input_precision=PRECISION)
-        change2 += tl.load(db2 + at2, mask=inside2, other=0.0)
-        dz = (dinner * u * tl.load(curves + here, mask=held, other=0.0).to(tl.float32) + dx * slope).to(kind)
-        weight = tl.load(b1 + at1, mask=inside1, other=0.0).to(kind)
+            change -= tl.dot(tl.trans(negative), x, input_precision=PRECISION)
+        dz = dinner * u * tl.load(curves + here, mask=held, other=0.0).to(tl.float32) + dx * slope
+        change += tl.load(db2 + at, mask=inside, other=0.0)
+        tl.debug_barrier()  # every thread has read this slice before any writes it
+        tl.store(dgs + here, dz.to(kind), mask=held)
+        tl.store(db2 + at, change, mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def _pass_base(
+    q, k, dk, b1, db1, dgs, key_rows, pairs, vectors, base, front, end, head, H, nil,
+    D: tl.constexpr, F: tl.constexpr, CLAMP: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """Through the first layer of the inner gradient: dK, and the gradient of the first layer's weights added to db1."""
+    kind = k.dtype.element_ty
+    dkey = _get(key_rows, nil, D, BT, BD)
+    for f in range(0, F, BF):
+        still = f * nil
+        at, inside = _slice(f, still, D, F, BD, BF)
+        here, held = _hidden(f, still, F, BT, BF)
+        dz = tl.load(dgs + here, mask=held, other=0.0)
+        weight = tl.load(b1 + at, mask=inside, other=0.0).to(kind)
         dkey += tl.dot(dz, tl.trans(weight), input_precision=PRECISION)
-        key = _load(k, base + still, front, end, head, H, D, BT, BD)
-        change1 = tl.dot(tl.trans(key), dz, input_precision=PRECISION)
-        change1 += tl.load(db1 + at1, mask=inside1, other=0.0)
+        keys = _load(k, base + still, front, end, head, H, D, BT, BD)
+        change = tl.dot(tl.trans(keys), dz, input_precision=PRECISION)
+        change += tl.load(db1 + at, mask=inside, other=0.0)
         tl.debug_barrier()
-        tl.store(db1 + at1, change1, mask=inside1)
-        tl.store(db2 + at2, change2, mask=inside2)
+        tl.store(db1 + at, change, mask=inside)
     if CLAMP:
+        by_inner = tl.load(vectors + 4 * BT + nil + tl.arange(0, BT))
         dkey += by_inner[:, None] * _load(k, base + nil, front, end, head, H, D, BT, BD).to(tl.float32)
     query = _load(q, base + nil, front, end, head, H, D, BT, BD)
     dkey -= tl.dot(tl.trans(_get(pairs, nil, BT, BT, BT)), query, input_precision=PRECISION)
@@ -800,9 +921,9 @@ def _backward_kernel(
                     k, v, lr, slot + b1, slot + b2, xs, slopes, curves, us, grad_rows, vectors, base, front, end, head, H, nil, limit,
                     D, F, DV, RESIDUAL, L2, CLAMP, False, PRECISION, BT, BD, BF, BV,
                 )  # fmt: skip
-                _advance(
-                    q, k, dy, mask, scalars, slot, slot + size, xs, slopes, us, grad_rows, pair_rows, vectors,
-                    base, front, end, head, H, nil, start, False, D, F, DV, RESIDUAL, False, PRECISION, BT, BD, BF, BV,
+                _write(
+                    k, mask, scalars, slot, slot + size, slot, 0, xs, slopes, us, grad_rows, vectors,
+                    base, front, end, head, H, nil, D, F, DV, False, PRECISION, BT, BD, BF, BV,
                 )  # fmt: skip
             for back in range(begin, stop):
                 chunk = begin + stop - 1 - back
@@ -819,24 +940,46 @@ def _backward_kernel(
                     q, k, mask, scalars, slot, slopes, us, hs, pair_rows, vectors, base, front, end, head, H, nil,
                     D, F, PRECISION, BT, BD, BF,
                 )  # fmt: skip
+                _pass_write(
+                    k, mask, dscalars, scalars, carry, xs, dxs, grad_rows, dgrad_rows, vectors, base, front, end, head, H, nil,
+                    D, F, DV, PRECISION, BT, BF, BV,
+                )  # fmt: skip
+                _pass_carry(
+                    dy, scalars, dscalars, slot + 2 * first, carry + 2 * first, hs, True, base, front, end, head, H, nil,
+                    DV, F, PRECISION, BT, BV, BF,
+                )  # fmt: skip
                 _pass_second(
-                    k, dy, mask, scalars, dmask, dscalars, slot, carry, xs, hs, dxs, grad_rows, dgrad_rows, pair_rows, vectors,
+                    k, dy, mask, scalars, dmask, dscalars, slot, xs, hs, dxs, grad_rows, dgrad_rows, pair_rows, vectors,
                     base, front, end, head, H, nil, D, F, DV, PRECISION, BT, BF, BV,
                 )  # fmt: skip
                 _pass_keys(
                     q, k, mask, scalars, dlr, dscalars, carry, slopes, us, hs, dgs, key_rows, pair_rows, vectors,
                     base, front, end, head, H, nil, D, F, PRECISION, BT, BD, BF,
                 )  # fmt: skip
+                _pass_carry(
+                    q, scalars, dscalars, slot, carry, hs, False, base, front, end, head, H, nil, D, F, PRECISION, BT, BD, BF
+                )  # fmt: skip
+                _pass_mask(
+                    q, k, mask, dmask, slopes, us, hs, pair_rows, vectors, base, front, end, head, H, nil,
+                    D, F, PRECISION, BT, BD, BF,
+                )  # fmt: skip
                 _pass_first(
-                    q, k, dy, mask, scalars, dq, dmask, dscalars, slot, carry, slopes, us, hs, pair_rows, vectors,
-                    base, front, end, head, H, nil, D, F, RESIDUAL, PRECISION, BT, BD, BF,
+                    q, k, dy, scalars, dq, dscalars, slot, hs, pair_rows, base, front, end, head, H, nil,
+                    D, F, RESIDUAL, PRECISION, BT, BD, BF,
                 )  # fmt: skip
                 into1 = tl.where(front > 0, size, 0)
                 into2 = tl.where(front > 0, size + first, 2 * first)
+                _pass_grad(
+                    k, dv, dlr, slot + b2, slopes, us, dgs, grad_rows, dgrad_rows, key_rows, vectors,
+                    base, front, end, head, H, nil, limit, D, F, DV, RESIDUAL, L2, CLAMP, PRECISION, BT, BF, BV,
+                )  # fmt: skip
                 _pass_inner(
-                    q, k, dk, dv, dlr, slot + b1, slot + b2, carry + into1, carry + into2, xs, slopes, curves, us, dxs, dgs,
-                    grad_rows, dgrad_rows, key_rows, pair_rows, vectors, base, front, end, head, H, nil, limit,
-                    D, F, DV, RESIDUAL, L2, CLAMP, PRECISION, BT, BD, BF, BV,
+                    k, dv, slot + b2, carry + into2, xs, slopes, curves, us, dxs, dgs, grad_rows, vectors,
+                    base, front, end, head, H, nil, F, DV, L2, CLAMP, PRECISION, BT, BF, BV,
+                )  # fmt: skip
+                _pass_base(
+                    q, k, dk, slot + b1, carry + into1, dgs, key_rows, pair_rows, vectors, base, front, end, head, H, nil,
+                    D, F, CLAMP, PRECISION, BT, BD, BF,
                 )  # fmt: skip
                 if HAS_FINAL:  # noqa: SIM102
                     if (chunk == count - 1) & (front == 0) & (closed == 0):
