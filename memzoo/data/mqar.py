@@ -74,9 +74,11 @@ def make_mqar(
     """
     import torch
 
-    vocabulary = single_token_words(tokenizer, words, "mqar")[:8192]
-    if len(vocabulary) < 16:
-        raise ValueError(f"mqar needs 16 words that are one token each, has {len(vocabulary)}")
+    vocabulary = single_token_words(tokenizer, words or 16, "mqar")
+    if words is None:
+        vocabulary = single_token_words(tokenizer)[:8192]
+    if len(vocabulary) < 4:
+        raise ValueError(f"mqar: words is {words}, needs at least 4")
     keys = len(vocabulary) // 2 - 1
     pairs = max(1, min(length // 16, 256, keys)) if pairs is None else pairs
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))

@@ -80,7 +80,7 @@ FORMATS = {
 
 
 class DoesNotFit(ValueError):
-    """A length that a task cannot be made at; the message says which lengths it can."""
+    """A length, or a tokenizer, that a task cannot be made with; the message says what it needs."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def single_token_words(tokenizer, count: int | None = None, task: str = "this ta
     """Lower-case words of 3 to 12 letters that are one token each after a space, in the tokenizer's order: the first `count`, or all.
 
     Raises:
-        ValueError: the tokenizer has fewer than `count`.
+        DoesNotFit: the tokenizer has fewer than `count`.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{task} needs a fast tokenizer, {type(tokenizer).__name__} is not one")
@@ -40,7 +40,7 @@ def single_token_words(tokenizer, count: int | None = None, task: str = "this ta
         _KEPT[tokenizer] = tuple(word for word, tokens in zip(words, after) if tokens == alone + 1)
     words = _KEPT[tokenizer]
     if count is not None and len(words) < count:
-        raise ValueError(f"{task} needs {count} words that are one token each, this tokenizer has {len(words)}")
+        raise DoesNotFit(f"{task} needs {count} words that are one token each, this tokenizer has {len(words)}")
     return words if count is None else words[:count]
 
 

@@ -53,6 +53,44 @@ def test_lengths_are_as_asked(name):
             assert sample["length"] == length
 
 
+@pytest.fixture(scope="module")
+def foreign_tokenizer():
+    """A tokenizer of another kind: spaces become a mark before the word, a beginning-of-text token is added by itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator([*prose("train")[:100_000].splitlines(), "0 1 2 3 4 5 6 7 8 9 -\n"], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_lengths_are_exact_with_another_kind_of_tokenizer(name, foreign_tokenizer):
+    task = TASKS[name]
+    for sample in documents(name, foreign_tokenizer, 700, 2):
+        said = task.most_tokens(sample) if task.kind == "generate" else 0
+        if name == "ppl_by_length":
+            assert 0 <= sample["tokens"] - 700 < 8  # to the end of the word
+        else:
+            assert sample["tokens"] + said == 700 and sample["tokens"] == len(foreign_tokenizer(sample["input"]).input_ids)
+
+
+def test_a_tokenizer_without_words_is_refused():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for name in ("mqar", "copy"):
+        with pytest.raises(DoesNotFit, match=rf"{name} needs \d+ words that are one token each, this tokenizer has 0"):
+            next(documents(name, PreTrainedTokenizerFast(tokenizer_object=tokenizer), 200, 1))
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_documents_depend_on_seed_length_and_number_only(name):
     few, many = (list(documents(name, TOKENIZER, 768, count, seed=3, depths=[0.5])) for count in (2, 4))
