@@ -204,12 +204,15 @@ def test_gradcheck(implementation, depth, loss, max_grad_norm):
 
 
 @pytest.mark.parametrize("given_none", [False, True])
-@pytest.mark.parametrize(("momentum", "decay"), [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (None, None)])
+@pytest.mark.parametrize(("momentum", "decay"), [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (1e-200, 1.0), (None, None)])
 def test_gates_of_exactly_0_and_1(momentum, decay, given_none):
-    """Where quotients of products would divide by 0: alpha = 1 forgets everything, eta = 0 drops the momentum; None is a mix."""
+    """Where quotients of products would divide by 0: alpha = 1 forgets everything, eta = 0 drops the momentum; None is a mix.
+
+    Also of gates so small that products of two are 0."""
     args = example(1, 21, 1, lr=0.1)
     for name, value in (("momentum", momentum), ("decay", decay)):
-        args[name] = (torch.rand_like(args[name]) < 0.5).double() if value is None else torch.full_like(args[name], value)
+        mixed = torch.tensor([0, 1e-160, 1, 1], dtype=torch.float64)[torch.randint(4, args[name].shape)]
+        args[name] = mixed if value is None else torch.full_like(args[name], value)
     options = {"chunk_size": 8, "output_final_state": True, "position": torch.tensor([3])}
     if given_none:  # None stands for a gate of 0
         for name, value in (("momentum", momentum), ("decay", decay)):
