@@ -17,11 +17,15 @@ from .gates import _chunk, _chunks, _gate, _load, _store
 
 # Keyed by the largest of the padded D and Dv and the chunk's length. BF is the slice of the hidden width that is worked on at once.
 FORWARD = LaunchTable({
-    (64, 80): Launch(num_warps=4, num_stages=1, blocks={"BF": 32}),
+    (64, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 32}),
     (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 32}),
 })  # fmt: skip
 BACKWARD = LaunchTable({
-    (64, 80): Launch(num_warps=4, num_stages=1, blocks={"BF": 32}),
+    (64, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 32}),
+    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 32}),
+})  # fmt: skip
+STEP = LaunchTable({
+    (64, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 32}),
     (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 32}),
 })  # fmt: skip
 
@@ -78,7 +82,7 @@ def _places(n, position, cu_seqlens, T, HAS_POSITION: tl.constexpr, VARLEN: tl.c
     return length
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _copy(to, source, SIZE: tl.constexpr):
     i = tl.arange(0, 1024)
     for at in range(0, SIZE, 1024):
@@ -86,7 +90,7 @@ def _copy(to, source, SIZE: tl.constexpr):
         tl.store(to + at + i, tl.load(source + at + i, mask=inside, other=0.0).to(tl.float32), mask=inside)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _add(to, source, SIZE: tl.constexpr):
     i = tl.arange(0, 1024)
     for at in range(0, SIZE, 1024):
@@ -95,7 +99,7 @@ def _add(to, source, SIZE: tl.constexpr):
         tl.store(to + at + i, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _turn(to, source, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr):
     """Copy or add the transpose of [ROWS, COLUMNS] to [COLUMNS, ROWS]."""
     for begin in range(0, ROWS * COLUMNS, 1024):
@@ -107,7 +111,7 @@ def _turn(to, source, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constex
         tl.store(to + at, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _clear(to, SIZE: tl.constexpr):
     i = tl.arange(0, 1024)
     for at in range(0, SIZE, 1024):
@@ -150,9 +154,18 @@ def _enter(
     tl.debug_barrier()
 
 
+# A program's scratch: `hidden` rows [BT, F] in the inputs' type (xs, slopes, us; in the backward also hs, dxs, dgs, curves), `rows` in float32
+# (in the backward key_rows [BT, D] before it; eight vectors [BT]; grads [BT, Dv]; in the backward dgrads [BT, Dv]) and `pairs` [BT, BT] in
+# the inputs' type, two in the backward. `vectors`: step, min(1, max / n), n, |K|^2, |G1|^2, |X|^2, |G2|^2, dA of the last row.
+#
+# Each pass over the hidden width is a function of its own, not inlined: the compiler otherwise computes the addresses of all passes first
+# and keeps them in registers throughout. What a loop multiplies by in every slice is loaded in every slice for the same reason, and `nil`,
+# always 0 and unknown to the compiler, keeps index arithmetic in its loop. A product that is needed transposed goes through memory.
+
+
 @triton.jit(noinline=True)
 def _inner_gradient(
-    k, v, lr, b1, b2, xs, slopes, curves, us, rows, vectors, base, front, end, head, H, nil, limit,
+    k, v, lr, b1, b2, hidden, rows, base, front, end, head, H, nil, limit,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
     CURVE: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -160,6 +173,12 @@ def _inner_gradient(
 
     To vectors, by row: theta min(1, max / n), and with a clamp min(1, max / n), n, |K|^2, |G1|^2, |X|^2 and |G2|^2.
     """
+    xs = hidden
+    slopes = hidden + BT * F
+    us = hidden + 2 * BT * F
+    curves = hidden + 6 * BT * F
+    vectors = rows
+    grads = rows + 8 * BT
     kind = k.dtype.element_ty
     key = _load(k, base + nil, front, end, head, H, D, BT, BD)
     grad = -_load(v, base + nil, front, end, head, H, DV, BT, BV).to(tl.float32)
@@ -184,7 +203,7 @@ def _inner_gradient(
             weight = tl.load(b2 + at, mask=inside, other=0.0).to(kind)
             grad += tl.dot(x.to(kind), tl.trans(weight), input_precision=PRECISION)
     wide, real = _rows(nil, DV, BT, BV)
-    tl.store(rows + wide, grad, mask=real)
+    tl.store(grads + wide, grad, mask=real)
     tl.debug_barrier()
     for f in range(0, F, BF):
         still = f * nil
@@ -239,11 +258,16 @@ def _last_row(mask, scalars, base, front, end, head, H, BT: tl.constexpr):
 
 @triton.jit(noinline=True)
 def _read(
-    q, k, y, mask, scalars, slot, xs, slopes, us, rows, pairs, vectors, base, front, end, head, H, nil,
+    q, k, y, mask, scalars, slot, pairs, hidden, rows, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The outputs of one chunk, whose state before it is `slot`."""
+    xs = hidden
+    slopes = hidden + BT * F
+    us = hidden + 2 * BT * F
+    vectors = rows
+    grads = rows + 8 * BT
     kind = k.dtype.element_ty
     step = tl.load(vectors + nil + tl.arange(0, BT))
     square, inside = _rows(nil, BT, BT, BT)
@@ -276,7 +300,7 @@ def _read(
         out += beta * tl.dot(a, tl.trans(weight), input_precision=PRECISION)
         weight = tl.load(slot + 2 * D * F + F * DV + at2, mask=inside2, other=0.0).to(kind)
         out += c * tl.dot(a, tl.trans(weight), input_precision=PRECISION)
-    write = (step[:, None] * _get(rows, nil, DV, BT, BV)).to(kind)
+    write = (step[:, None] * _get(grads, nil, DV, BT, BV)).to(kind)
     mixed *= _load(mask, base + nil, front, end, head, H, BT, BT, BT)
     out -= tl.dot(mixed.to(kind), write, input_precision=PRECISION)
     if RESIDUAL:
@@ -287,7 +311,7 @@ def _read(
 
 @triton.jit(noinline=True)
 def _write(
-    k, mask, scalars, slot, to, opened, keep_start, xs, slopes, us, rows, vectors, base, front, end, head, H, nil,
+    k, mask, scalars, slot, to, opened, keep_start, hidden, rows, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, KEEP_START: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -295,6 +319,11 @@ def _write(
 
     With KEEP_START and `keep_start` not 0, the weights before go to `opened` too: they are the start of a chunk that stays open.
     """
+    xs = hidden
+    slopes = hidden + BT * F
+    us = hidden + 2 * BT * F
+    vectors = rows
+    grads = rows + 8 * BT
     kind = k.dtype.element_ty
     first: tl.constexpr = D * F
     second: tl.constexpr = F * DV
@@ -322,7 +351,7 @@ def _write(
         at, inside = _slice(f, still, DV, F, BV, BF)
         here, held = _hidden(f, still, F, BT, BF)
         x = tl.load(xs + here, mask=held, other=0.0).to(tl.float32)
-        write = (step[:, None] * _get(rows, still, DV, BT, BV)).to(kind)
+        write = (step[:, None] * _get(grads, still, DV, BT, BV)).to(kind)
         change = tl.dot(tl.trans(write), (into_weights[:, None] * x).to(kind), input_precision=PRECISION)
         moved = tl.dot(tl.trans(write), (into_momentum[:, None] * x).to(kind), input_precision=PRECISION)
         w = tl.load(slot + 2 * first + at, mask=inside, other=0.0)
@@ -351,12 +380,9 @@ def _forward_kernel(
     program = tl.program_id(0).to(tl.int64)
     slot = states + program * (size + first + second)
     start = slot + size
-    xs = hidden + program * (3 * BT * F)
-    slopes = xs + BT * F
-    us = slopes + BT * F
-    grad_rows = rows + program * (BT * (DV + 8))
-    pair_rows = pairs + program * (BT * BT)
-    vectors = grad_rows + BT * DV
+    hidden += program * (3 * BT * F)
+    rows += program * (BT * (8 + DV))
+    pairs += program * (BT * BT)
     for turn in range(tl.cdiv(numbers - tl.program_id(0), tl.num_programs(0))):
         number = tl.program_id(0) + turn * tl.num_programs(0)
         n = number // H
@@ -370,16 +396,16 @@ def _forward_kernel(
             b1 = tl.where(front > 0, size, 0)
             b2 = tl.where(front > 0, size + first, 2 * first)
             _inner_gradient(
-                k, v, lr, slot + b1, slot + b2, xs, slopes, slopes, us, grad_rows, vectors, base, front, end, head, H, nil, limit,
+                k, v, lr, slot + b1, slot + b2, hidden, rows, base, front, end, head, H, nil, limit,
                 D, F, DV, RESIDUAL, L2, CLAMP, False, PRECISION, BT, BD, BF, BV,
             )  # fmt: skip
             _read(
-                q, k, y, mask, scalars, slot, xs, slopes, us, grad_rows, pair_rows, vectors, base, front, end, head, H, nil,
+                q, k, y, mask, scalars, slot, pairs, hidden, rows, base, front, end, head, H, nil,
                 D, F, DV, RESIDUAL, PRECISION, BT, BD, BF, BV,
             )  # fmt: skip
             keep_start = ((chunk == count - 1) & (end < BT) & (front == 0)).to(tl.int32)
             _write(
-                k, mask, scalars, slot, slot, start, keep_start, xs, slopes, us, grad_rows, vectors, base, front, end, head, H, nil,
+                k, mask, scalars, slot, slot, start, keep_start, hidden, rows, base, front, end, head, H, nil,
                 D, F, DV, HAS_FINAL, PRECISION, BT, BD, BF, BV,
             )  # fmt: skip
             if KEEP:
@@ -399,19 +425,17 @@ def _forward_kernel(
         tl.debug_barrier()
 
 
-# The backward of one chunk, a pass over the hidden width each, in this order. A program's scratch, beside the states: hidden rows [BT, F] in
-# the inputs' type (xs, slopes, curves, us, hs, dxs, dgs), rows [BT, D or Dv] and vectors [BT] in float32, and two pairs [BT, BT] in the inputs' type. What a
-# loop multiplies by in every slice is loaded in every slice: kept across the loop it would fill the registers. A product that is needed
-# transposed goes through memory.
-
-
 @triton.jit(noinline=True)
 def _pass_hidden(
-    q, k, mask, scalars, slot, slopes, us, hs, pairs, vectors, base, front, end, head, H, nil,
+    q, k, mask, scalars, slot, pairs, hidden, rows, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """The queries' hidden rows before GELU, to hs."""
+    slopes = hidden + BT * F
+    us = hidden + 2 * BT * F
+    hs = hidden + 3 * BT * F
+    vectors = rows
     kind = k.dtype.element_ty
     step = tl.load(vectors + nil + tl.arange(0, BT))
     square, whole = _rows(nil, BT, BT, BT)
@@ -440,11 +464,16 @@ def _pass_hidden(
 
 @triton.jit(noinline=True)
 def _pass_write(
-    k, mask, dscalars, scalars, carry, xs, dxs, rows, drows, vectors, base, front, end, head, H, nil,
+    k, mask, dscalars, scalars, carry, hidden, rows, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Through the second layer's write: part of dg2 to drows, of dX to dxs, of the last row's dA to vectors and of its dE to dscalars."""
+    xs = hidden
+    dxs = hidden + 4 * BT * F
+    vectors = rows
+    grads = rows + 8 * BT
+    dgrads = rows + 8 * BT + BT * DV
     kind = k.dtype.element_ty
     second: tl.constexpr = F * DV
     carry += 2 * D * F
@@ -460,7 +489,7 @@ def _pass_write(
         at, inside = _slice(f, still, DV, F, BV, BF)
         here, held = _hidden(f, still, F, BT, BF)
         x = tl.load(xs + here, mask=held, other=0.0)
-        write = (step[:, None] * _get(rows, still, DV, BT, BV)).to(kind)
+        write = (step[:, None] * _get(grads, still, DV, BT, BV)).to(kind)
         weight = tl.load(carry + at, mask=inside, other=0.0).to(kind)
         part = tl.dot(write, weight, input_precision=PRECISION)
         dinto_weights -= tl.sum(x.to(tl.float32) * part, 1)
@@ -473,7 +502,7 @@ def _pass_write(
         dwrite -= into_momentum * tl.dot(x, tl.trans(weight), input_precision=PRECISION)
         tl.store(dxs + here, dx.to(kind), mask=held)
     wide, real = _rows(nil, DV, BT, BV)
-    tl.store(drows + wide, dwrite, mask=real)
+    tl.store(dgrads + wide, dwrite, mask=real)
     tl.store(vectors + 7 * BT + nil + tl.arange(0, BT), dinto_weights)
     _put(dscalars, dinto_momentum, base + nil, front, end, head, H, BT, 4, 3)
     tl.debug_barrier()
@@ -481,8 +510,8 @@ def _pass_write(
 
 @triton.jit(noinline=True)
 def _pass_carry(
-    x, scalars, dscalars, slot, carry, hs, GELU: tl.constexpr, base, front, end, head, H, nil,
-    D: tl.constexpr, F: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+    x, scalars, dscalars, slot, carry, hidden, base, front, end, head, H, nil,
+    GELU: tl.constexpr, D: tl.constexpr, F: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Carry dW and dS of one layer to before the chunk. Layers are [D, F]; `slot` and `carry` begin at the layer's weights.
 
@@ -490,6 +519,7 @@ def _pass_carry(
     held transposed, x being dY and GELU(hs) the layer's input. To dscalars, at the last row, its dbeta, dc and de: the second layer, which
     comes first, writes them, the first adds to them.
     """
+    hs = hidden + 3 * BT * F
     kind = x.dtype.element_ty
     size: tl.constexpr = D * F
     beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
@@ -530,24 +560,34 @@ def _pass_carry(
 
 
 @triton.jit(noinline=True)
-def _pass_second(
-    k, dy, mask, scalars, dmask, dscalars, slot, xs, hs, dxs, rows, drows, pairs, vectors, base, front, end, head, H, nil,
-    D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
-    PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+def _pass_pairs(
+    k, dy, mask, pairs, rows, base, front, end, head, H, nil,
+    DV: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Through the second layer's read: dH to hs, the rest of dg2 to drows, more of dX to dxs and of dbeta and dc to dscalars, part of dmask."""
+    """A . (dY g2^T) and its transpose to the two pairs."""
     kind = k.dtype.element_ty
-    slot += 2 * D * F
-    step = tl.load(vectors + nil + tl.arange(0, BT))
-    square, whole = _rows(nil, BT, BT, BT)
-    outer = _load(dy, base + nil, front, end, head, H, DV, BT, BV)
+    step = tl.load(rows + nil + tl.arange(0, BT))
+    at, inside = _rows(nil, BT, BT, BT)
+    given = _load(dy, base + nil, front, end, head, H, DV, BT, BV)
+    write = (step[:, None] * _get(rows + 8 * BT, nil, DV, BT, BV)).to(kind)
     left = _load(mask, base + nil, front, end, head, H, BT, BT, BT)
-    write = (step[:, None] * _get(rows, nil, DV, BT, BV)).to(kind)
-    pair = left * tl.dot(outer, tl.trans(write), input_precision=PRECISION)
-    tl.store(pairs + square, pair.to(kind), mask=whole)
-    pair = tl.trans(left) * tl.dot(write, tl.trans(outer), input_precision=PRECISION)
-    tl.store(pairs + BT * BT + square, pair.to(kind), mask=whole)
+    pair = left * tl.dot(given, tl.trans(write), input_precision=PRECISION)
+    tl.store(pairs + at, pair.to(kind), mask=inside)
+    pair = tl.trans(left) * tl.dot(write, tl.trans(given), input_precision=PRECISION)
+    tl.store(pairs + BT * BT + at, pair.to(kind), mask=inside)
     tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def _pass_second(
+    dy, scalars, dmask, dscalars, slot, pairs, hidden, base, front, end, head, H, nil,
+    F: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Through the second layer's read: dH to hs, more of dX to dxs and of dbeta and dc to dscalars, and a X^T to dmask."""
+    xs = hidden
+    hs = hidden + 3 * BT * F
+    dxs = hidden + 4 * BT * F
+    kind = dy.dtype.element_ty
     beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
     c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
     mixed = tl.zeros((BT, BT), tl.float32)
@@ -577,34 +617,56 @@ def _pass_second(
         tl.debug_barrier()  # every thread has read this slice before any writes it
         tl.store(hs + here, dh.to(kind), mask=held)
         tl.store(dxs + here, dx.to(kind), mask=held)
+    _store(dmask, mixed, base + nil, front, end, head, H, BT, BT, BT)
     dbeta += _gate(dscalars, base + nil, front, end, head, H, BT, 4, 0)
     dc += _gate(dscalars, base + nil, front, end, head, H, BT, 4, 1)
     tl.debug_barrier()
     _put(dscalars, dbeta, base + nil, front, end, head, H, BT, 4, 0)
     _put(dscalars, dc, base + nil, front, end, head, H, BT, 4, 1)
-    tl.store(pairs + square, (mixed * _load(mask, base + nil, front, end, head, H, BT, BT, BT)).to(kind), mask=whole)
     tl.debug_barrier()
-    outer = _load(dy, base + nil, front, end, head, H, DV, BT, BV)
-    write = (step[:, None] * _get(rows, nil, DV, BT, BV)).to(kind)
-    mixed *= tl.dot(outer, tl.trans(write), input_precision=PRECISION)
+
+
+@triton.jit(noinline=True)
+def _pass_mixed(
+    k, dy, mask, dmask, pairs, rows, base, front, end, head, H, nil,
+    DV: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """From a X^T in dmask: the rest of dg2 to dgrads, and part of dA to dmask."""
+    kind = k.dtype.element_ty
+    dgrads = rows + 8 * BT + BT * DV
+    step = tl.load(rows + nil + tl.arange(0, BT))
+    at, inside = _rows(nil, BT, BT, BT)
+    mixed = _load(dmask, base + nil, front, end, head, H, BT, BT, BT)
+    left = _load(mask, base + nil, front, end, head, H, BT, BT, BT)
+    tl.store(pairs + at, (mixed * left).to(kind), mask=inside)
+    given = _load(dy, base + nil, front, end, head, H, DV, BT, BV)
+    write = (step[:, None] * _get(rows + 8 * BT, nil, DV, BT, BV)).to(kind)
+    mixed *= tl.dot(given, tl.trans(write), input_precision=PRECISION)
+    tl.debug_barrier()
     _store(dmask, -mixed, base + nil, front, end, head, H, BT, BT, BT)
-    dwrite = _get(drows, nil, DV, BT, BV)
-    dwrite -= tl.dot(tl.trans(_get(pairs, nil, BT, BT, BT)), outer, input_precision=PRECISION)
+    dwrite = _get(dgrads, nil, DV, BT, BV)
+    dwrite -= tl.dot(tl.trans(_get(pairs, nil, BT, BT, BT)), given, input_precision=PRECISION)
     tl.debug_barrier()
     wide, real = _rows(nil, DV, BT, BV)
-    tl.store(drows + wide, dwrite, mask=real)
+    tl.store(dgrads + wide, dwrite, mask=real)
     tl.debug_barrier()
 
 
 @triton.jit(noinline=True)
 def _pass_keys(
-    q, k, mask, scalars, dlr, dscalars, carry, slopes, us, hs, dgs, key_rows, pairs, vectors, base, front, end, head, H, nil,
+    q, k, mask, scalars, dlr, dscalars, carry, pairs, hidden, rows, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Through what the first layer is written: dg1 to dgs, rowsum(dg1 * G1) to dlr, part of dK to key_rows, and the rest
     of the last row's dA to vectors and of its dE to dscalars.
     """
+    slopes = hidden + BT * F
+    us = hidden + 2 * BT * F
+    hs = hidden + 3 * BT * F
+    dgs = hidden + 5 * BT * F
+    vectors = rows
+    key_rows = rows - BT * D
     kind = k.dtype.element_ty
     step = tl.load(vectors + nil + tl.arange(0, BT))
     square, whole = _rows(nil, BT, BT, BT)
@@ -655,11 +717,15 @@ def _pass_keys(
 
 @triton.jit(noinline=True)
 def _pass_mask(
-    q, k, mask, dmask, slopes, us, hs, pairs, vectors, base, front, end, head, H, nil,
+    q, k, mask, dmask, pairs, hidden, rows, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """The rest of dA to dmask, and M1 to pairs."""
+    slopes = hidden + BT * F
+    us = hidden + 2 * BT * F
+    hs = hidden + 3 * BT * F
+    vectors = rows
     kind = k.dtype.element_ty
     step = tl.load(vectors + nil + tl.arange(0, BT))
     mixed = tl.zeros((BT, BT), tl.float32)
@@ -684,11 +750,12 @@ def _pass_mask(
 
 @triton.jit(noinline=True)
 def _pass_first(
-    q, k, dy, scalars, dq, dscalars, slot, hs, pairs, base, front, end, head, H, nil,
+    q, k, dy, scalars, dq, dscalars, slot, pairs, hidden, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr, RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Through the first layer's read: dQ, and the rest of dbeta and dc to dscalars."""
+    hs = hidden + 3 * BT * F
     kind = k.dtype.element_ty
     beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
     c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
@@ -722,7 +789,7 @@ def _pass_first(
 
 @triton.jit(noinline=True)
 def _pass_grad(
-    k, dv, dlr, b2, slopes, us, dgs, rows, drows, key_rows, vectors, base, front, end, head, H, nil, limit,
+    k, dv, dlr, b2, hidden, rows, base, front, end, head, H, nil, limit,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -730,12 +797,19 @@ def _pass_grad(
 
     With a clamp, |K|^2, |G1|^2 and |G2|^2 in vectors are replaced by what each times its partner adds to the gradient of that partner.
     """
+    slopes = hidden + BT * F
+    us = hidden + 2 * BT * F
+    dgs = hidden + 5 * BT * F
+    vectors = rows
+    grads = rows + 8 * BT
+    dgrads = rows + 8 * BT + BT * DV
+    key_rows = rows - BT * D
     kind = k.dtype.element_ty
     i = nil + tl.arange(0, BT)
     step = tl.load(vectors + i)
-    dgrad = _get(drows, nil, DV, BT, BV)
+    dgrad = _get(dgrads, nil, DV, BT, BV)
     dstep = _gate(dlr, base + nil, front, end, head, H, BT, 1, 0)
-    dstep += tl.sum(dgrad * _get(rows, nil, DV, BT, BV), 1)
+    dstep += tl.sum(dgrad * _get(grads, nil, DV, BT, BV), 1)
     dgrad *= step[:, None]
     dtheta = dstep
     by_key = tl.zeros((BT,), tl.float32)
@@ -745,7 +819,7 @@ def _pass_grad(
         by_key = by_norm * tl.load(vectors + 3 * BT + i)
         by_inner = by_norm * tl.load(vectors + 4 * BT + i)
         by_grad = by_norm * tl.load(vectors + 6 * BT + i)
-        dgrad += (by_norm * tl.load(vectors + 5 * BT + i))[:, None] * _get(rows, nil, DV, BT, BV)
+        dgrad += (by_norm * tl.load(vectors + 5 * BT + i))[:, None] * _get(grads, nil, DV, BT, BV)
         dtheta *= tl.load(vectors + BT + i)
         tl.debug_barrier()
         tl.store(vectors + 3 * BT + i, by_key)
@@ -774,11 +848,19 @@ def _pass_grad(
 
 @triton.jit(noinline=True)
 def _pass_inner(
-    k, dv, b2, db2, xs, slopes, curves, us, dxs, dgs, rows, vectors, base, front, end, head, H, nil,
+    k, dv, b2, db2, hidden, rows, base, front, end, head, H, nil,
     F: tl.constexpr, DV: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Through the GELU of the inner gradient: dZ to dgs, and the gradient of the second layer's weights added to db2."""
+    xs = hidden
+    slopes = hidden + BT * F
+    us = hidden + 2 * BT * F
+    dxs = hidden + 4 * BT * F
+    dgs = hidden + 5 * BT * F
+    curves = hidden + 6 * BT * F
+    vectors = rows
+    grads = rows + 8 * BT
     kind = k.dtype.element_ty
     step = tl.load(vectors + nil + tl.arange(0, BT))
     if CLAMP:
@@ -796,7 +878,7 @@ def _pass_inner(
         if CLAMP:
             dinner += by_key[:, None] * slope * u
             dx += by_grad[:, None] * x.to(tl.float32)
-        grad = _get(rows, still, DV, BT, BV).to(kind)
+        grad = _get(grads, still, DV, BT, BV).to(kind)
         change = tl.dot(tl.trans(grad), (dinner * slope).to(kind), input_precision=PRECISION)
         if L2:
             negative = _load(dv, base + still, front, end, head, H, DV, BT, BV)
@@ -813,11 +895,14 @@ def _pass_inner(
 
 @triton.jit(noinline=True)
 def _pass_base(
-    q, k, dk, b1, db1, dgs, key_rows, pairs, vectors, base, front, end, head, H, nil,
+    q, k, dk, b1, db1, pairs, hidden, rows, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr, CLAMP: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Through the first layer of the inner gradient: dK, and the gradient of the first layer's weights added to db1."""
+    dgs = hidden + 5 * BT * F
+    vectors = rows
+    key_rows = rows - BT * D
     kind = k.dtype.element_ty
     dkey = _get(key_rows, nil, D, BT, BD)
     for f in range(0, F, BF):
@@ -864,18 +949,9 @@ def _backward_kernel(
     start = slots + every.to(tl.int64) * size
     carry = start + both
     dstart = carry + size
-    xs = hidden + program * (7 * BT * F)
-    slopes = xs + BT * F
-    curves = slopes + BT * F
-    us = curves + BT * F
-    hs = us + BT * F
-    dxs = hs + BT * F
-    dgs = dxs + BT * F
-    grad_rows = rows + program * (BT * (D + 2 * DV + 8))
-    dgrad_rows = grad_rows + BT * DV
-    key_rows = dgrad_rows + BT * DV
-    pair_rows = pairs + program * (2 * BT * BT)
-    vectors = key_rows + BT * D
+    hidden += program * (7 * BT * F)
+    rows += program * (BT * (D + 8 + 2 * DV)) + BT * D
+    pairs += program * (2 * BT * BT)
     if not HAS_POSITION:
         _clear(dw1 + program * first, first)
         _clear(dw2 + program * second, second)
@@ -918,12 +994,12 @@ def _backward_kernel(
                 b1 = tl.where(front > 0, (every - chunk + begin) * size, 0)
                 b2 = tl.where(front > 0, (every - chunk + begin) * size + first, 2 * first)
                 _inner_gradient(
-                    k, v, lr, slot + b1, slot + b2, xs, slopes, curves, us, grad_rows, vectors, base, front, end, head, H, nil, limit,
+                    k, v, lr, slot + b1, slot + b2, hidden, rows, base, front, end, head, H, nil, limit,
                     D, F, DV, RESIDUAL, L2, CLAMP, False, PRECISION, BT, BD, BF, BV,
                 )  # fmt: skip
                 _write(
-                    k, mask, scalars, slot, slot + size, slot, 0, xs, slopes, us, grad_rows, vectors,
-                    base, front, end, head, H, nil, D, F, DV, False, PRECISION, BT, BD, BF, BV,
+                    k, mask, scalars, slot, slot + size, slot, 0,
+                    hidden, rows, base, front, end, head, H, nil, D, F, DV, False, PRECISION, BT, BD, BF, BV,
                 )  # fmt: skip
             for back in range(begin, stop):
                 chunk = begin + stop - 1 - back
@@ -933,52 +1009,54 @@ def _backward_kernel(
                 b1 = tl.where(front > 0, (every - chunk + begin) * size, 0)
                 b2 = tl.where(front > 0, (every - chunk + begin) * size + first, 2 * first)
                 _inner_gradient(
-                    k, v, lr, slot + b1, slot + b2, xs, slopes, curves, us, grad_rows, vectors, base, front, end, head, H, nil, limit,
+                    k, v, lr, slot + b1, slot + b2, hidden, rows, base, front, end, head, H, nil, limit,
                     D, F, DV, RESIDUAL, L2, CLAMP, True, PRECISION, BT, BD, BF, BV,
                 )  # fmt: skip
                 _pass_hidden(
-                    q, k, mask, scalars, slot, slopes, us, hs, pair_rows, vectors, base, front, end, head, H, nil,
+                    q, k, mask, scalars, slot, pairs, hidden, rows, base, front, end, head, H, nil,
                     D, F, PRECISION, BT, BD, BF,
                 )  # fmt: skip
                 _pass_write(
-                    k, mask, dscalars, scalars, carry, xs, dxs, grad_rows, dgrad_rows, vectors, base, front, end, head, H, nil,
+                    k, mask, dscalars, scalars, carry, hidden, rows, base, front, end, head, H, nil,
                     D, F, DV, PRECISION, BT, BF, BV,
                 )  # fmt: skip
                 _pass_carry(
-                    dy, scalars, dscalars, slot + 2 * first, carry + 2 * first, hs, True, base, front, end, head, H, nil,
+                    dy, scalars, dscalars, slot + 2 * first, carry + 2 * first, hidden, base, front, end, head, H, nil, True,
                     DV, F, PRECISION, BT, BV, BF,
                 )  # fmt: skip
+                _pass_pairs(k, dy, mask, pairs, rows, base, front, end, head, H, nil, DV, PRECISION, BT, BV)
                 _pass_second(
-                    k, dy, mask, scalars, dmask, dscalars, slot, xs, hs, dxs, grad_rows, dgrad_rows, pair_rows, vectors,
-                    base, front, end, head, H, nil, D, F, DV, PRECISION, BT, BF, BV,
+                    dy, scalars, dmask, dscalars, slot + 2 * first, pairs, hidden, base, front, end, head, H, nil,
+                    F, DV, PRECISION, BT, BF, BV,
                 )  # fmt: skip
+                _pass_mixed(k, dy, mask, dmask, pairs, rows, base, front, end, head, H, nil, DV, PRECISION, BT, BV)
                 _pass_keys(
-                    q, k, mask, scalars, dlr, dscalars, carry, slopes, us, hs, dgs, key_rows, pair_rows, vectors,
-                    base, front, end, head, H, nil, D, F, PRECISION, BT, BD, BF,
+                    q, k, mask, scalars, dlr, dscalars, carry, pairs,
+                    hidden, rows, base, front, end, head, H, nil, D, F, PRECISION, BT, BD, BF,
                 )  # fmt: skip
                 _pass_carry(
-                    q, scalars, dscalars, slot, carry, hs, False, base, front, end, head, H, nil, D, F, PRECISION, BT, BD, BF
+                    q, scalars, dscalars, slot, carry, hidden, base, front, end, head, H, nil, False, D, F, PRECISION, BT, BD, BF
                 )  # fmt: skip
                 _pass_mask(
-                    q, k, mask, dmask, slopes, us, hs, pair_rows, vectors, base, front, end, head, H, nil,
+                    q, k, mask, dmask, pairs, hidden, rows, base, front, end, head, H, nil,
                     D, F, PRECISION, BT, BD, BF,
                 )  # fmt: skip
                 _pass_first(
-                    q, k, dy, scalars, dq, dscalars, slot, hs, pair_rows, base, front, end, head, H, nil,
+                    q, k, dy, scalars, dq, dscalars, slot, pairs, hidden, base, front, end, head, H, nil,
                     D, F, RESIDUAL, PRECISION, BT, BD, BF,
                 )  # fmt: skip
                 into1 = tl.where(front > 0, size, 0)
                 into2 = tl.where(front > 0, size + first, 2 * first)
                 _pass_grad(
-                    k, dv, dlr, slot + b2, slopes, us, dgs, grad_rows, dgrad_rows, key_rows, vectors,
-                    base, front, end, head, H, nil, limit, D, F, DV, RESIDUAL, L2, CLAMP, PRECISION, BT, BF, BV,
+                    k, dv, dlr, slot + b2,
+                    hidden, rows, base, front, end, head, H, nil, limit, D, F, DV, RESIDUAL, L2, CLAMP, PRECISION, BT, BF, BV,
                 )  # fmt: skip
                 _pass_inner(
-                    k, dv, slot + b2, carry + into2, xs, slopes, curves, us, dxs, dgs, grad_rows, vectors,
-                    base, front, end, head, H, nil, F, DV, L2, CLAMP, PRECISION, BT, BF, BV,
+                    k, dv, slot + b2, carry + into2,
+                    hidden, rows, base, front, end, head, H, nil, F, DV, L2, CLAMP, PRECISION, BT, BF, BV,
                 )  # fmt: skip
                 _pass_base(
-                    q, k, dk, slot + b1, carry + into1, dgs, key_rows, pair_rows, vectors, base, front, end, head, H, nil,
+                    q, k, dk, slot + b1, carry + into1, pairs, hidden, rows, base, front, end, head, H, nil,
                     D, F, CLAMP, PRECISION, BT, BD, BF,
                 )  # fmt: skip
                 if HAS_FINAL:  # noqa: SIM102
@@ -1005,6 +1083,105 @@ def _backward_kernel(
         tl.debug_barrier()
 
 
+@triton.jit
+def _step_kernel(
+    q, k, v, lr, momentum, decay, w1, w2, m1, m2, s1, s2, y, nw1, nw2, nm1, nm2, ns1, ns2, hidden, position, H, limit,
+    D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """One token of one sequence and head: the inner gradient slice by slice, then every slice is written and read once."""
+    number = tl.program_id(0).to(tl.int64)
+    place = tl.load(position + number // H)
+    i = tl.arange(0, BD)[:, None]
+    n = tl.arange(0, BV)[None, :]
+    key = tl.load(k + number * D + i, mask=i < D, other=0.0).to(tl.float32)
+    query = tl.load(q + number * D + i, mask=i < D, other=0.0).to(tl.float32)
+    grad = -tl.load(v + number * DV + n, mask=n < DV, other=0.0).to(tl.float32)
+    out = tl.zeros((1, BV), tl.float32)
+    if RESIDUAL:
+        out += tl.load(q + number * D + n, mask=n < DV, other=0.0).to(tl.float32)
+        if L2:
+            grad += tl.load(k + number * D + n, mask=n < DV, other=0.0).to(tl.float32)
+    step = tl.load(lr + number).to(tl.float32)
+    eta = tl.load(momentum + number).to(tl.float32)
+    keep = 1.0 - tl.load(decay + number).to(tl.float32)
+    first = number * (D * F)
+    second = number * (F * DV)
+    inputs = hidden + number * (3 * F)
+    x_square = 0.0
+    u_square = 0.0
+    for f in range(0, F, BF):
+        j = f + tl.arange(0, BF)
+        inside = (i < D) & (j[None, :] < F)
+        at = first + i * F + j[None, :]
+        if place > 0:
+            weight = tl.load(s1 + at, mask=inside, other=0.0)
+        else:
+            weight = tl.load(w1 + at, mask=inside, other=0.0)
+        x, slope, _ = _gelu_slopes(tl.sum(key * weight, 0))
+        tl.store(inputs + j, x, mask=j < F)
+        tl.store(inputs + F + j, slope, mask=j < F)
+        if CLAMP:
+            x_square += tl.sum(x * x, 0)
+        if L2:
+            inside = (j[:, None] < F) & (n < DV)
+            at = second + j[:, None] * DV + n
+            if place > 0:
+                weight2 = tl.load(s2 + at, mask=inside, other=0.0)
+            else:
+                weight2 = tl.load(w2 + at, mask=inside, other=0.0)
+            grad += tl.sum(x[:, None] * weight2, 0)[None, :]
+    tl.debug_barrier()
+    for f in range(0, F, BF):
+        j = f + tl.arange(0, BF)
+        inside = (j[:, None] < F) & (n < DV)
+        at = second + j[:, None] * DV + n
+        if place > 0:
+            weight = tl.load(s2 + at, mask=inside, other=0.0)
+        else:
+            weight = tl.load(w2 + at, mask=inside, other=0.0)
+        inner = tl.sum(grad * weight, 1) * tl.load(inputs + F + j, mask=j < F, other=0.0)
+        tl.store(inputs + 2 * F + j, inner, mask=j < F)
+        if CLAMP:
+            u_square += tl.sum(inner * inner, 0)
+    tl.debug_barrier()
+    if CLAMP:
+        k_square = tl.sum(tl.sum(key * key, 1), 0)
+        g_square = tl.sum(tl.sum(grad * grad, 1), 0)
+        step *= limit / tl.maximum(tl.sqrt(k_square * u_square + x_square * g_square), limit)
+    for f in range(0, F, BF):
+        j = f + tl.arange(0, BF)
+        inside = (i < D) & (j[None, :] < F)
+        at = first + i * F + j[None, :]
+        before = tl.load(w1 + at, mask=inside, other=0.0)
+        inner = tl.load(inputs + 2 * F + j, mask=j < F, other=0.0)
+        moved = eta * tl.load(m1 + at, mask=inside, other=0.0) - key * (step * inner)[None, :]
+        after = keep * before + moved
+        tl.store(nm1 + at, moved, mask=inside)
+        tl.store(nw1 + at, after, mask=inside)
+        if place == BT - 1:  # the chunk is full: the next starts from the weights
+            before = after
+        elif place > 0:
+            before = tl.load(s1 + at, mask=inside, other=0.0)
+        tl.store(ns1 + at, before, mask=inside)
+        a = _gelu(tl.sum(query * after, 0))
+        inside = (j[:, None] < F) & (n < DV)
+        at = second + j[:, None] * DV + n
+        before2 = tl.load(w2 + at, mask=inside, other=0.0)
+        x = tl.load(inputs + j, mask=j < F, other=0.0)
+        moved2 = eta * tl.load(m2 + at, mask=inside, other=0.0) - x[:, None] * (step * grad)
+        after2 = keep * before2 + moved2
+        tl.store(nm2 + at, moved2, mask=inside)
+        tl.store(nw2 + at, after2, mask=inside)
+        if place == BT - 1:
+            before2 = after2
+        elif place > 0:
+            before2 = tl.load(s2 + at, mask=inside, other=0.0)
+        tl.store(ns2 + at, before2, mask=inside)
+        out += tl.sum(a[:, None] * after2, 0)[None, :]
+    tl.store(y + number * DV + n, out.to(y.dtype.element_ty), mask=n < DV)
+
+
 def _padded(size: int) -> int:
     return max(16, next_power_of_2(size))
 
@@ -1028,7 +1205,7 @@ def mlp_forward(call, mask: Tensor, scalars: Tensor, y: Tensor, final: list[Tens
     hidden = call.weights[0].shape[-1]
     states = call.q.new_empty(call.programs, 3 * sum(sizes), dtype=torch.float32)
     scratch = call.q.new_empty(call.programs, 3, call.chunk, hidden)
-    rows = call.q.new_empty(call.programs, call.chunk, call.value_dim + 8, dtype=torch.float32)
+    rows = call.q.new_empty(call.programs, call.chunk, 8 + call.value_dim, dtype=torch.float32)
     pairs = call.q.new_empty(call.programs, call.chunk, call.chunk)
     none = [None, None]
     _forward_kernel[(call.programs,)](
@@ -1049,7 +1226,7 @@ def mlp_backward(
     new, programs = call.q.new_empty, call.programs
     states = new(programs, (2 * (call.every + 1) + 2) * sum(sizes), dtype=torch.float32)
     scratch = new(programs, 7, call.chunk, hidden)
-    rows = new(programs, call.chunk, call.dim + 2 * call.value_dim + 8, dtype=torch.float32)
+    rows = new(programs, call.chunk, call.dim + 8 + 2 * call.value_dim, dtype=torch.float32)
     pairs = new(programs, 2, call.chunk, call.chunk)
     none = [None, None]
     given = (*call.weights, *(call.state_momentum or none), *(call.state_start or none))
@@ -1068,8 +1245,17 @@ def mlp_backward(
     return dmemory
 
 
-def mlp_step(call, y, final) -> None:
-    raise NotImplementedError
+def mlp_step(call, y: Tensor, final: list[Tensor]) -> None:
+    """Write y and the new weights, momentum and start, a tensor a layer."""
+    programs = call.sequences * call.heads
+    hidden = call.q.new_empty(programs, 3, call.weights[0].shape[-1], dtype=torch.float32)
+    options = _options(call, STEP)
+    for name in ("HAS_POSITION", "VARLEN", "PRECISION"):
+        del options[name]
+    _step_kernel[(programs,)](
+        call.q, call.k, call.v, call.lr, call.momentum, call.decay, *call.weights, *call.state_momentum, *call.state_start,
+        y, *final, hidden, call.position, call.heads, call.max_grad_norm or 1.0, **options,
+    )  # fmt: skip
 
 
 def mlp_specs(capability: int) -> Iterator[CompileSpec]:
@@ -1109,3 +1295,6 @@ def mlp_specs(capability: int) -> Iterator[CompileSpec]:
         **dict.fromkeys(("dy", "dq", "dk", "dv"), "*bf16"), **dict.fromkeys(("dlr", "dmask", "dscalars"), "*fp32"),
     }  # fmt: skip
     yield from specs("mlp backward", _backward_kernel, BACKWARD, {**shared, **grads}, flags)
+    new = dict.fromkeys(("nw1", "nw2", "nm1", "nm2", "ns1", "ns2", "hidden"), "*fp32")
+    gates = dict.fromkeys(("momentum", "decay"), "*bf16")
+    yield from specs("mlp step", _step_kernel, STEP, {**shared, **gates, **new, "y": "*bf16"}, flags)
