@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DELAY", "3600")  # lm-eval's own bars stay away; read when tqdm is imported
@@ -172,6 +173,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         console.print(f"evaluate: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
+    except KeyboardInterrupt:
+        console.print(f"stopped; finished cells are in {args.out}, and the same command goes on", highlight=False, soft_wrap=True)
+        return 130
     if first:
         Console().print(table(records))
         written = [str(store.path)]
@@ -198,6 +202,8 @@ def shown(console):
             )
             self.bar = rich_progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
             self.all, self.number, self.cells = self.bar.add_task("loading", total=None), 0, 0
+            self.total = self.done = 0.0
+            self.begun = time.perf_counter()
 
         def __enter__(self):
             self.bar.start()
@@ -208,6 +214,7 @@ def shown(console):
 
         def plan(self, work: int, cells: int, finished: int) -> None:
             self.bar.update(self.all, total=max(work, 1))
+            self.total = work
             self.cells, self.number = cells, finished
             if finished:
                 console.print(f"{finished} of {cells} cells are finished", highlight=False)
@@ -219,12 +226,16 @@ def shown(console):
             self.bar.update(self.all, description=f"{self.number}/{self.cells} {self.label}")
 
         def work(self, done: float) -> None:
+            self.done += done
             self.bar.update(self.all, advance=done)
 
         def record(self, record: dict) -> None:
             if not console.is_terminal:
                 score = f"{record['metric']} {figure(record)} of {record['count']}"
                 said = f"{self.number}/{self.cells} {self.label}: {score}, {record['seconds']:.0f} s"
+                left = (time.perf_counter() - self.begun) * (self.total - self.done) / max(self.done, 1)
+                if left >= 1:
+                    said += f", about {left / 60:.0f} min left" if left >= 60 else f", about {left:.0f} s left"
                 console.print(said, highlight=False, soft_wrap=True)
 
         def note(self, text: str) -> None:

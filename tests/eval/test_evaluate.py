@@ -2,11 +2,8 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -134,17 +131,6 @@ def test_prompts_are_never_cut(folder):
     assert widths[0] == result["samples"][0]["tokens"] > 1470
 
 
-def test_command_line_of_lm_eval(folder):
-    """The command of the README, unmodified, in a process of its own."""
-    metadata = json.dumps({"max_seq_lengths": [256], "depths": [0, 1], "samples": 1})
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder},trust_remote_code=True"]
-    command += ["--include_path", str(TASKS), "--tasks", "memzoo_niah_single_2", "--metadata", metadata, "--device", "cpu"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"memzoo_niah_single_2\|.*acc", done.stdout) and "length_256" in done.stdout and "depth_1" in done.stdout
-
-
 def test_lm_evals_own_tasks_run_offline(folder, monkeypatch):
     nltk = pytest.importorskip("nltk")
     pytest.importorskip("wonderwords")
@@ -235,6 +221,17 @@ def test_script(script, folder, tmp_path, capsys):
     assert [(r["model"]["name"], r["length"], r["count"]) for r in records] == [("tiny-llama", 160, 2), ("tiny-llama", 192, 2)]
     assert records[0]["settings"]["difficulty"] == {"value_digits": 2}
     assert (out / "heatmap.png").stat().st_size > 5000
+
+
+def test_a_stopped_script_says_how_to_go_on(script, folder, tmp_path, capsys, monkeypatch):
+    import memzoo.evaluation
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memzoo.evaluation, "evaluate", stop)
+    assert script.main([str(folder), "--suite", "copy", "--out", str(tmp_path)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def model(request):
 @pytest.mark.parametrize("kind", ["llama", *FAMILIES])
 def test_answers_do_not_depend_on_batch_padding_or_pieces(kind):
     model = tiny(kind)
-    contexts = [text(0, 40), text(300, 7), text(500, 150), "Anne", text(900, 90)]
+    contexts = [text(0, 40), text(300, 7), text(500, 70), "Anne", text(900, 50)]
     alone = HFLM(pretrained=model, tokenizer=TOKENIZER, backend="causal", batch_size=1)
     expected = alone.generate_until(asked(contexts), disable_tqdm=True)
     assert len(set(expected)) == len(contexts)  # the answers tell the prompts apart

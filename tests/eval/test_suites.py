@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,7 @@ def test_lm_eval_unmodified_gives_the_same_numbers(folders, tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"memzoo_mqar *\|.*acc", done.stdout) and "length_256" in done.stdout and "depth_1" in done.stdout
     results = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["results"]
     for name in names:
         theirs = results[f"memzoo_{name}"]
