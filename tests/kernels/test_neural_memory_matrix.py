@@ -70,7 +70,7 @@ def test_long_chunks(chunk, length, clamp):
 @pytest.mark.parametrize("clamp", [None, 0.7])
 def test_several_windows(monkeypatch, clamp):
     several_windows(monkeypatch)
-    args = example(2, 85, 1, 16, 40)
+    args = example(1, 85, 1, 16, 40)
     assert_grads_close(run, args, {"residual": False, "max_grad_norm": clamp, "chunk_size": 16}, "triton")
 
 
@@ -79,8 +79,8 @@ def test_several_windows(monkeypatch, clamp):
 def test_packed_gradients(monkeypatch, position, windows):
     if windows:
         several_windows(monkeypatch)
-    cu_seqlens, lengths = packed_example([5, 0, 33, 1, 60, 0])
-    args = example(1, sum(lengths), 2, 16, 24, count=len(lengths), state=position is not None)
+    cu_seqlens, lengths = packed_example([5, 0, 18, 1, 40, 0])
+    args = example(1, sum(lengths), 1, 16, 24, count=len(lengths), state=position is not None)
     options = {"residual": False, "chunk_size": 16, "cu_seqlens": cu_seqlens, "max_grad_norm": 0.7 if windows else None}
     options["position"] = None if position is None else torch.tensor(position)
     assert_grads_close(run, args, options, "triton")

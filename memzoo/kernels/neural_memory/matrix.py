@@ -31,6 +31,7 @@ SWEEP = {
         (64, 90): Launch(num_warps=4, num_stages=2, blocks={"BV": 32}),
         (128, 80): Launch(num_warps=4, num_stages=2, blocks={"BV": 16}),
         (128, 90): Launch(num_warps=4, num_stages=2, blocks={"BV": 32}),
+        (128, 100): Launch(num_warps=8, num_stages=2, blocks={"BV": 32}),
         (256, 80): Launch(num_warps=8, num_stages=1, blocks={"BV": 16}),
     }),
     128: LaunchTable({
@@ -44,6 +45,7 @@ REVERSE = {
         (64, 90): Launch(num_warps=4, num_stages=2, blocks={"BV": 32}),
         (128, 80): Launch(num_warps=4, num_stages=1, blocks={"BV": 16}),
         (128, 90): Launch(num_warps=4, num_stages=2, blocks={"BV": 32}),
+        (128, 100): Launch(num_warps=8, num_stages=2, blocks={"BV": 32}),
         (256, 80): Launch(num_warps=8, num_stages=1, blocks={"BV": 16}),
     }),
     128: LaunchTable({
@@ -191,37 +193,43 @@ def _surprise(
 
 
 @triton.jit
-def _advance(
-    memory, momentum, error, rate, q, k, mask, scalars, reads, y, saved_weights, saved_momentum, states, momenta,
-    slot, save, i, row, head, H, column, front, end, opens, fresh,
-    D: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr, SAVE: tl.constexpr,
-    PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+def _read(
+    memory, momentum, error, rate, q, scalars, reads, y, i, row, head, H, column, front, end,
+    D: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of a tile of columns: its outputs, or (KEEP) its state and errors; returns weights and momentum after it."""
+    """The outputs of one chunk, a tile of columns."""
+    query = _load(q, i, row, head, H, 0, D, front, end, BK)
+    carried = _numbers(scalars, i, row, head, H, 4, 1, front, end)
+    output = tl.dot(query, momentum.to(query.dtype), input_precision=PRECISION) * carried[:, None]
+    kept = _numbers(scalars, i, row, head, H, 4, 0, front, end)
+    output += tl.dot(query, memory.to(query.dtype), input_precision=PRECISION) * kept[:, None]
+    read = _load(reads, i, row, head, H, 0, BT, front, end, BT)
+    output -= tl.dot(read, (rate[:, None] * error).to(query.dtype), input_precision=PRECISION)
+    if RESIDUAL:
+        output += _load(q, i, row, head, H, column, D, front, end, BV).to(tl.float32)
+    _store(y, output, i, row, head, H, column, DV, front, end, BV)
+
+
+@triton.jit
+def _advance(
+    memory, momentum, error, rate, k, mask, scalars, saved_weights, saved_momentum, states, momenta, slot, save,
+    i, row, head, H, column, front, end, opens, fresh,
+    D: tl.constexpr, DV: tl.constexpr, KEEP: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Weights and momentum after one chunk, a tile of columns; those before it go where KEEP and SAVE say."""
     where, held = _matrix(0, column, fresh, D, DV, BK, BV)
     if SAVE:
         at = save * (2 * D * DV)
         tl.store(saved_weights + at + where, memory, mask=_only(held, opens > 0))
         tl.store(saved_momentum + at + where, momentum, mask=_only(held, opens > 0))
     kind = k.dtype.element_ty
-    write = rate[:, None] * error
     if KEEP:
         at = slot * (D * DV)
         tl.store(states + at + where, memory.to(kind), mask=held)
         tl.store(momenta + at + where, momentum.to(kind), mask=held)
-    else:
-        query = _load(q, i, row, head, H, 0, D, front, end, BK)
-        carried = _numbers(scalars, i, row, head, H, 4, 1, front, end)
-        output = tl.dot(query, momentum.to(kind), input_precision=PRECISION) * carried[:, None]
-        kept = _numbers(scalars, i, row, head, H, 4, 0, front, end)
-        output += tl.dot(query, memory.to(kind), input_precision=PRECISION) * kept[:, None]
-        read = _load(reads, i, row, head, H, 0, BT, front, end, BT)
-        output -= tl.dot(read, write.to(kind), input_precision=PRECISION)
-        if RESIDUAL:
-            output += _load(q, i, row, head, H, column, D, front, end, BV).to(tl.float32)
-        _store(y, output, i, row, head, H, column, DV, front, end, BV)
-    if CLAMP:  # keeps what follows out of the registers until then
-        tl.debug_barrier()
+    write = rate[:, None] * error
     key = _load(k, i, row, head, H, 0, D, front, end, BK)
     last = (row + end - 1) * H + head
     memory = tl.load(scalars + last * 4) * memory + tl.load(scalars + last * 4 + 1) * momentum
@@ -301,25 +309,35 @@ def _sweep_kernel(
                 square += tl.sum(error * error, 1)
                 if HAS_FINAL:
                     tl.store(final_start + base + where, taken_at, mask=_only(held, (count - 1 == c) & (end < BT)))
-                # The output's place holds the errors until the second pass.
-                _store(errors if KEEP else y, error, i, row, head, H, tile * BV, DV, front, end, BV)
+                _store(errors, error, i, row, head, H, tile * BV, DV, front, end, BV)
             square *= _square(k, i, row, head, H, D, front, end, BT)
             rate *= max_norm * tl.rsqrt(tl.maximum(square, max_norm * max_norm))
             if KEEP:
                 _put_numbers(strength, rate, i, row, head, H, 1, 0, front, end)
             tl.debug_barrier()
+            if not KEEP:
+                for tile in range(own_tiles):
+                    fresh = (c + tile) >> 31
+                    i = tl.arange(0, BT) ^ fresh
+                    where, held = _matrix(0, tile * BV, fresh, D, DV, BK, BV)
+                    held_weights = tl.load(final_weights + base + where, mask=held, other=0.0)
+                    held_momentum = tl.load(final_momentum + base + where, mask=held, other=0.0)
+                    error = _load(errors, i, row, head, H, tile * BV, DV, front, end, BV).to(tl.float32)
+                    _read(
+                        held_weights, held_momentum, error, rate, q, scalars, reads, y, i, row, head, H, tile * BV, front, end,
+                        D, DV, RESIDUAL, PRECISION, BT, BK, BV,
+                    )  # fmt: skip
             for tile in range(own_tiles):
                 fresh = (c + tile) >> 31
                 i = tl.arange(0, BT) ^ fresh
                 where, held = _matrix(0, tile * BV, fresh, D, DV, BK, BV)
-                error = _load(errors if KEEP else y, i, row, head, H, tile * BV, DV, front, end, BV).to(tl.float32)
-                tl.debug_barrier()
+                held_weights = tl.load(final_weights + base + where, mask=held, other=0.0)
+                held_momentum = tl.load(final_momentum + base + where, mask=held, other=0.0)
+                error = _load(errors, i, row, head, H, tile * BV, DV, front, end, BV).to(tl.float32)
                 new_weights, new_momentum = _advance(
-                    tl.load(final_weights + base + where, mask=held, other=0.0),
-                    tl.load(final_momentum + base + where, mask=held, other=0.0),
-                    error, rate, q, k, mask, scalars, reads, y, saved_weights, saved_momentum, states, momenta,
+                    held_weights, held_momentum, error, rate, k, mask, scalars, saved_weights, saved_momentum, states, momenta,
                     state_at, save_at, i, row, head, H, tile * BV, front, end, opens, fresh,
-                    D, DV, RESIDUAL, CLAMP, KEEP, SAVE, PRECISION, BT, BK, BV,
+                    D, DV, KEEP, SAVE, PRECISION, BT, BK, BV,
                 )  # fmt: skip
                 tl.debug_barrier()
                 tl.store(final_weights + base + where, new_weights, mask=held)
@@ -335,10 +353,15 @@ def _sweep_kernel(
             error = _surprise(k, v, taken_at, i, row, head, H, column, front, end, D, DV, RESIDUAL, L2, PRECISION, BK, BV)
             if KEEP:
                 _store(errors, error, i, row, head, H, column, DV, front, end, BV)
+            else:
+                _read(
+                    memory, momentum, error, rate, q, scalars, reads, y, i, row, head, H, column, front, end,
+                    D, DV, RESIDUAL, PRECISION, BT, BK, BV,
+                )  # fmt: skip
             memory, momentum = _advance(
-                memory, momentum, error, rate, q, k, mask, scalars, reads, y, saved_weights, saved_momentum, states, momenta,
+                memory, momentum, error, rate, k, mask, scalars, saved_weights, saved_momentum, states, momenta,
                 state_at, save_at, i, row, head, H, column, front, end, opens, fresh,
-                D, DV, RESIDUAL, CLAMP, KEEP, SAVE, PRECISION, BT, BK, BV,
+                D, DV, KEEP, SAVE, PRECISION, BT, BK, BV,
             )  # fmt: skip
     if HAS_FINAL:
         if CLAMP:
@@ -820,9 +843,10 @@ class _Launches:
         if self.clamped and final is None:
             shape = (call.sequences, call.heads, call.dim, call.value_dim)
             held = (*(call.q.new_empty(shape, dtype=torch.float32) for _ in range(2)), None)
+        stores = kept or (None, None, torch.empty_like(call.v) if self.clamped else None, None)
         _sweep_kernel[(call.sequences * call.heads * tiles,)](
             call.q, call.k, call.v, call.lr, self.mask, self.scalars, self.reads, *given, self.start, call.position, y, *held, *saved,
-            *(kept or (None,) * 4), call.cu_seqlens, saves if u else None, slots, saves, call.length, u * call.every,
+            *stores, call.cu_seqlens, saves if u else None, slots, saves, call.length, u * call.every,
             call.every, *origin, self.windows - 1, self.max_norm, KEEP=kept is not None, SAVE=saved[0] is not None,
             HAS_MOMENTUM=given[1] is not None, HAS_FINAL=final is not None, **options,
         )  # fmt: skip
@@ -952,12 +976,14 @@ def matrix_specs(capability: int) -> Iterator[CompileSpec]:
                 )  # fmt: skip
 
     yield from specs("scores", _scores_kernel, SCORES)
-    kept = dict.fromkeys(("states", "momenta", "errors", "strength", "origins", "slots"))
+    kept = dict.fromkeys(("states", "momenta", "strength", "origins", "slots"))
     finals = dict.fromkeys(("y", "final_start", "saved_weights", "saved_momentum"))
     for clamp in (False, True):
         flags = {"KEEP": False, "SAVE": True, "HAS_MOMENTUM": True, "HAS_FINAL": True}
         name, sweep, reverse = ("clamped ", CLAMPED, CLAMPED) if clamp else ("", SWEEP, REVERSE)
+        kept |= {} if clamp else {"errors": None}
         yield from specs(name + "sweep", _sweep_kernel, sweep, clamp, **flags, **kept)
+        kept.pop("errors", None)
         flags = {"KEEP": True, "SAVE": False, "HAS_MOMENTUM": True, "HAS_FINAL": False}
         yield from specs(name + "sweep for the backward", _sweep_kernel, sweep, clamp, **flags, **finals)
         yield from specs(name + "reverse", _reverse_kernel, reverse, clamp, CONTINUES=False)
