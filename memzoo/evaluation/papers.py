@@ -70,7 +70,7 @@ def evaluate_papers(
     progress = progress or Progress()
     names = list(dict.fromkeys(name for suite in suites for name in PAPERS[suite]))
     suite_of = {name: suite for suite, held in PAPERS.items() if suite != "papers" for name in held}
-    _check_network(names)
+    _check_network(suites)
     options = {
         "batch_size": batch_size, "chunk": chunk, "dtype": dtype, "device": device, "training_length": training_length,
         "trust_remote_code": trust_remote_code, "accelerator": accelerator,
@@ -128,15 +128,22 @@ def evaluate_papers(
     return records
 
 
-def _check_network(names: Sequence[str]) -> None:
-    """ValueError in one line where the hub that the documents come from cannot be reached; a machine set to be offline may have them."""
+def _check_network(suites: Sequence[str]) -> None:
+    """ValueError in one line where the hub that the documents come from cannot be reached.
+
+    A machine that is set to be offline may have them, and behind a proxy the hub cannot be asked this way: lm-eval will tell.
+    """
     if any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
+        return
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return
     host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or "huggingface.co"
     try:
         socket.create_connection((host, 443), timeout=10).close()
     except OSError as error:
-        raise ValueError(f"{', '.join(names)}: documents come from {host}, which cannot be reached ({error}); {_INSTEAD}") from None
+        raise ValueError(
+            f"{', '.join(suites)}: documents come from {host}, which cannot be reached ({error}); {_INSTEAD}"
+        ) from None
 
 
 _INSTEAD = "the other suites need no network"

@@ -154,6 +154,10 @@ def test_another_kind_of_tokenizer():
         ({"needles": (3, 2)}, r"needles is \(3, 2\)"),
         ({"loss": "some"}, "loss is 'some', needs 'answers' or 'all'"),
         ({"task": "niah"}, "unknown needle task 'niah'"),
+        (
+            {"task": "niah_multikey_2"},
+            "niah_multikey_2 has no training documents, needs niah_single_1, niah_single_2 or niah_single_3",
+        ),
         ({"value_digits": 20}, "value_digits is 20"),
         ({"split": "dev"}, "split is 'dev'"),
     ],

@@ -328,7 +328,7 @@ def test_papers_name_tasks_that_lm_eval_has():
 
 
 def test_without_a_network_papers_say_so_in_one_line(folders, tmp_path, monkeypatch):
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
 
     def unreachable(*args, **kwargs):
