@@ -12,6 +12,7 @@ The numbers are those of lm-eval's own `HFLM`; what differs is the memory and th
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
@@ -104,6 +105,9 @@ class MemoryLM(HFLM):
             return False
         from ..models.base import MemzooPreTrainedModel
 
+        taken = inspect.signature(model.forward).parameters
+        if not all(name in taken for name in ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")):
+            return False
         return isinstance(model, MemzooPreTrainedModel) or model._supports_default_dynamic_cache()
 
     # Reading

@@ -5,6 +5,7 @@ import torch
 from conftest import KINDS, TOKENIZER, tiny
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import LlamaForCausalLM
 
 from memzoo.data import prose
 from memzoo.data.tasks import documents, requests_of
@@ -150,6 +151,20 @@ def test_sampling_and_odd_settings_are_left_to_hflm(model, monkeypatch):
     assert lm.generate_until(asked(["Anne"], top_k=3)) == ["x"]
     model.generation_config.repetition_penalty = 1.5
     assert lm.generate_until(asked(["Anne"])) == ["x"] and len(called) == 4
+
+
+def test_a_model_of_another_shape_is_left_to_hflm():
+    class Plain(LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, **kwargs):
+            return super().forward(input_ids, attention_mask, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+
+    model = Plain(tiny("llama").config).eval()
+    lm, alone = MemoryLM(model, TOKENIZER), HFLM(pretrained=model, tokenizer=TOKENIZER, backend="causal", batch_size=1)
+    contexts, pairs = [text(0, 20), text(50, 9)], [(text(0, 20), " and"), ("", "Anne")]
+    assert not lm.reads_in_pieces and lm.tokens_read == 0
+    assert lm.generate_until(asked(contexts)) == alone.generate_until(asked(contexts), disable_tqdm=True)
+    found, expected = ([chance for chance, _ in held.loglikelihood(scored(pairs))] for held in (lm, alone))
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_prompts_are_cut_where_lm_eval_cuts_them(model):
