@@ -19,7 +19,7 @@ from ..common.checks import sequence_count
 from ..common.dispatch import interpreting
 from ..common.launch import CompileSpec, capability_of
 from .gates import prepare, prepare_backward
-from .matrix import matrix_backward, matrix_forward, matrix_specs, matrix_step
+from .matrix import matrix_backward, matrix_forward, matrix_specs, matrix_step, matrix_window
 from .mlp import mlp_backward, mlp_forward, mlp_specs, mlp_step
 from .reference import NeuralMemoryState
 
@@ -71,7 +71,9 @@ class Call:
         self.sequences = sequence_count(cu_seqlens, self.batch)
         self.capability = capability_of(q.device)
         self.precision = _precision(q)
-        self.programs, self.every, self.slots = plan(q, self.sequences, position is not None, cu_seqlens is not None, chunk_size)
+        self.programs, self.every, self.slots = plan(
+            q, self.weights, self.sequences, position is not None, cu_seqlens is not None, chunk_size
+        )
         self.layers = [tuple(w.shape[-2:]) for w in self.weights]
 
     def slot_starts(self) -> Tensor:
@@ -85,13 +87,17 @@ class Call:
         return slots.cumsum(0) - slots
 
 
-def plan(q: Tensor, sequences: int, has_state: bool, packed: bool, chunk_size: int) -> tuple[int, int, int]:
+def plan(
+    q: Tensor, weights: Sequence[Tensor], sequences: int, has_state: bool, packed: bool, chunk_size: int
+) -> tuple[int, int, int]:
     """(programs, chunks between boundaries, boundary slots) from shapes alone; packed, the slots are an upper bound."""
     batch, length, heads, _ = q.shape
     opened = chunk_size - 1 if has_state else 0
     programs = min(sequences * heads, max(heads, PROGRAMS // heads * heads))
     chunks = triton.cdiv(length, chunk_size) if packed else batch * triton.cdiv(length + opened, chunk_size)
     every = max(1, math.isqrt(max(heads * chunks // programs - 1, 0)) + 1)
+    if len(weights) == 1:  # its backward runs a window of chunks at once
+        every = matrix_window(q, weights[0], sequences, opened, packed, chunk_size)
     if packed:
         slots = (length + sequences * opened) // (chunk_size * every)
     else:
@@ -114,8 +120,8 @@ def _boundary_shape(q, memory, position, cu_seqlens, chunk_size, keep) -> tuple[
     if not keep:
         return (0,)
     sequences = sequence_count(cu_seqlens, q.shape[0])
-    _, _, slots = plan(q, sequences, position is not None, cu_seqlens is not None, chunk_size)
     depth = len(memory) if position is None else len(memory) // 3
+    _, _, slots = plan(q, memory[:depth], sequences, position is not None, cu_seqlens is not None, chunk_size)
     return (slots, q.shape[2], 2 * sum(w.shape[-2] * w.shape[-1] for w in memory[:depth]))
 
 

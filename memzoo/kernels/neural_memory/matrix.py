@@ -18,7 +18,7 @@ from .gates import _chunk, _chunk_of, _chunks, chunk_table
 if TYPE_CHECKING:
     from .kernel import Call
 
-SCRATCH_BYTES = 2**28  # of states held at once in the backward
+SCRATCH_BYTES = 2**30  # of states held at once in the backward
 
 # By the chunk's length, up to 64 or up to 128, then keyed by the padded larger head dimension in units of two bytes: float32 counts double.
 SCORES = {
@@ -62,7 +62,7 @@ CLAMPED = {  # both sweeps, where one program takes the tiles of columns in turn
     }),
     128: LaunchTable({
         (64, 80): Launch(num_warps=8, num_stages=1, blocks={"BV": 16}),
-        (256, 80): Launch(num_warps=8, num_stages=1, blocks={"BV": 16}),
+        (256, 80): Launch(num_warps=8, num_stages=2, blocks={"BV": 16}),
     }),
 }  # fmt: skip
 PAIRS = {
@@ -502,6 +502,8 @@ def _reverse_kernel(
                     D, DV, PRECISION, BT, BK, BV,
                 )  # fmt: skip
                 error = _load(errors, i, row, head, H, tile * BV, DV, front, end, BV).to(tl.float32)
+                # dv's place holds these gradients until the second pass.
+                _store(dv, grad, i, row, head, H, tile * BV, DV, front, end, BV)
                 slope += tl.sum(grad * error, 1)
                 error_square += tl.sum(error * error, 1)
             rate = _numbers(strength, i, row, head, H, 1, 0, front, end)
@@ -511,18 +513,17 @@ def _reverse_kernel(
             turn = tl.where(key_square * error_square > most, -rate * slope / square, 0.0)
             _put_numbers(dlr, slope * max_norm * tl.rsqrt(square), i, row, head, H, 1, 0, front, end)
             _put_numbers(curvature, turn * error_square, i, row, head, H, 1, 0, front, end)
+            tl.debug_barrier()
             for tile in range(own_tiles):
                 fresh = (c + tile) >> 31
                 i = tl.arange(0, BT) ^ fresh
                 where, held = _matrix(0, tile * BV, fresh, D, DV, BK, BV)
-                after = tl.load(dweights + base + where, mask=held, other=0.0)
-                after_momentum = tl.load(dmomentum + base + where, mask=held, other=0.0)
-                grad = _output_grad(
-                    k, mask, scalars, reads, dy, after, after_momentum, i, row, head, H, tile * BV, front, end,
-                    D, DV, PRECISION, BT, BK, BV,
-                )  # fmt: skip
+                grad = _load(dv, i, row, head, H, tile * BV, DV, front, end, BV).to(tl.float32)
                 error = _load(errors, i, row, head, H, tile * BV, DV, front, end, BV).to(tl.float32)
                 grad = rate[:, None] * grad + (turn * key_square)[:, None] * error
+                tl.debug_barrier()
+                after = tl.load(dweights + base + where, mask=held, other=0.0)
+                after_momentum = tl.load(dmomentum + base + where, mask=held, other=0.0)
                 before, before_momentum = _retreat(
                     after, after_momentum, grad, q, k, scalars, dy, given_start, dstart, dstates, dmomenta, dv, number, state_at,
                     i, row, head, H, tile * BV, front, end, count - 1 == c,
@@ -754,13 +755,25 @@ def _step_kernel(
     tl.store(new_start + base + where, opened, mask=held)
 
 
-def matrix_window(sequences: int, longest: int, heads: int, state: int, itemsize: int) -> int:
-    """Chunks whose states are held at once, of the `longest` a sequence has: what SCRATCH_BYTES allow, at least their square root.
+def matrix_window(q: Tensor, weights: Tensor, sequences: int, opened: int, packed: bool, chunk_size: int) -> int:
+    """Chunks of a sequence whose states are held at once: what SCRATCH_BYTES allow, and at least the square root of their number.
 
-    `state` is D Dv. Fewer windows mean fewer launches; the square root is where boundaries and scratch together are smallest.
+    Fewer windows mean fewer launches; the square root is where boundaries and scratch together are smallest. `opened` is how many places
+    of a first chunk may be taken already.
     """
-    fit = SCRATCH_BYTES // (4 * heads * state * itemsize)
+    length, heads = q.shape[1:3]
+    longest = triton.cdiv(length + opened, chunk_size)
+    fit = SCRATCH_BYTES // (4 * heads * weights.shape[-2] * weights.shape[-1] * q.element_size())
+    if _most_chunks(sequences, length, longest, opened, packed, chunk_size) <= fit:
+        return longest
     return min(longest, max(math.isqrt(longest - 1) + 1, fit // sequences))
+
+
+def _most_chunks(sequences: int, length: int, longest: int, opened: int, packed: bool, chunk_size: int) -> int:
+    """A bound on the number of chunks in one call."""
+    if not packed:
+        return sequences * longest
+    return min(sequences * longest, (length + sequences * (opened + chunk_size - 1)) // chunk_size)
 
 
 def _padded(size: int) -> int:
@@ -774,16 +787,17 @@ class _Launches:
         self.call, self.mask, self.scalars = call, mask, scalars
         self.clamped = call.max_grad_norm is not None
         self.max_norm = call.max_grad_norm or 0.0
-        self.longest = triton.cdiv(call.length + (0 if call.position is None else call.chunk - 1), call.chunk)
+        opened = 0 if call.position is None else call.chunk - 1  # places of a first chunk that may be taken already
+        self.longest = triton.cdiv(call.length + opened, call.chunk)
         self.windows = triton.cdiv(self.longest, call.every)
-        self.slots = call.sequences * call.every  # states of one window
+        packed = call.cu_seqlens is not None
+        most = _most_chunks(call.sequences, call.length, self.longest, opened, packed, call.chunk)
+        self.slots = min(call.sequences * call.every, most)  # states of one window
         self.chunks = None
-        if call.cu_seqlens is not None:
+        if packed:
             lengths = (call.cu_seqlens[1:] - call.cu_seqlens[:-1]).long()
             places = lengths if call.position is None else lengths + call.position
             self.chunks = torch.where(lengths > 0, (places + call.chunk - 1) // call.chunk, 0)
-            slack = (1 if call.position is None else 2) * (call.chunk - 1)
-            self.slots = min(self.slots, (call.length + call.sequences * slack) // call.chunk)
         self.momentum = None if call.state_momentum is None else call.state_momentum[0]
         self.start = None if call.state_start is None else call.state_start[0]
         self.reads = mask.new_empty(mask.shape, dtype=call.q.dtype)
