@@ -17,16 +17,16 @@ from .gates import _chunk, _chunks, _gate, _load, _store
 
 # Keyed by the largest of the padded D and Dv and the chunk's length. BF is the slice of the hidden width that is worked on at once.
 FORWARD = LaunchTable({
-    (64, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 32}),
-    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 32}),
+    (64, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 16}),
+    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 16}),
 })  # fmt: skip
 BACKWARD = LaunchTable({
-    (64, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 32}),
-    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 32}),
+    (64, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 16}),
+    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 16}),
 })  # fmt: skip
 STEP = LaunchTable({
-    (64, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 32}),
-    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 32}),
+    (64, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 16}),
+    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BF": 16}),
 })  # fmt: skip
 
 
@@ -154,9 +154,9 @@ def _enter(
     tl.debug_barrier()
 
 
-# A program's scratch: `hidden` rows [BT, F] in the inputs' type (xs, slopes, us; in the backward also hs, dxs, dgs, curves), `rows` in float32
-# (in the backward key_rows [BT, D] before it; eight vectors [BT]; grads [BT, Dv]; in the backward dgrads [BT, Dv]) and `pairs` [BT, BT] in
-# the inputs' type, two in the backward. `vectors`: step, min(1, max / n), n, |K|^2, |G1|^2, |X|^2, |G2|^2, dA of the last row.
+# A program's scratch: `hidden` rows [BT, F] in the inputs' type (xs, slopes, us; in the backward also hs, dxs, dgs, curves); `rows` in
+# float32 (in the backward key_rows [BT, D] before it; eight vectors [BT]; grads [BT, Dv]; in the backward dgrads [BT, Dv]); `pairs` [BT, BT]
+# in the inputs' type, two in the backward. `vectors`: step, min(1, max / n), n, |K|^2, |G1|^2, |X|^2, |G2|^2, dA of the last row.
 #
 # Each pass over the hidden width is a function of its own, not inlined: the compiler otherwise computes the addresses of all passes first
 # and keeps them in registers throughout. What a loop multiplies by in every slice is loaded in every slice for the same reason, and `nil`,
@@ -257,6 +257,24 @@ def _last_row(mask, scalars, base, front, end, head, H, BT: tl.constexpr):
 
 
 @triton.jit(noinline=True)
+def _compare(
+    q, k, mask, pairs, base, front, end, head, H, nil,
+    D: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """A . (Q K^T), or its transpose, to pairs."""
+    query = _load(q, base + nil, front, end, head, H, D, BT, BD)
+    key = _load(k, base + nil, front, end, head, H, D, BT, BD)
+    left = _load(mask, base + nil, front, end, head, H, BT, BT, BT)
+    if TURNED:
+        pair = tl.trans(left) * tl.dot(key, tl.trans(query), input_precision=PRECISION)
+    else:
+        pair = left * tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    at, inside = _rows(nil, BT, BT, BT)
+    tl.store(pairs + at, pair.to(k.dtype.element_ty), mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
 def _read(
     q, k, y, mask, scalars, slot, pairs, hidden, rows, base, front, end, head, H, nil,
     D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -270,12 +288,6 @@ def _read(
     grads = rows + 8 * BT
     kind = k.dtype.element_ty
     step = tl.load(vectors + nil + tl.arange(0, BT))
-    square, inside = _rows(nil, BT, BT, BT)
-    keys = _load(k, base + nil, front, end, head, H, D, BT, BD)
-    pair = tl.dot(_load(q, base + nil, front, end, head, H, D, BT, BD), tl.trans(keys), input_precision=PRECISION)
-    pair *= _load(mask, base + nil, front, end, head, H, BT, BT, BT)
-    tl.store(pairs + square, pair.to(kind), mask=inside)
-    tl.debug_barrier()
     beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
     c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
     mixed = tl.zeros((BT, BT), tl.float32)
@@ -399,6 +411,7 @@ def _forward_kernel(
                 k, v, lr, slot + b1, slot + b2, hidden, rows, base, front, end, head, H, nil, limit,
                 D, F, DV, RESIDUAL, L2, CLAMP, False, PRECISION, BT, BD, BF, BV,
             )  # fmt: skip
+            _compare(q, k, mask, pairs, base, front, end, head, H, nil, D, False, PRECISION, BT, BD)
             _read(
                 q, k, y, mask, scalars, slot, pairs, hidden, rows, base, front, end, head, H, nil,
                 D, F, DV, RESIDUAL, PRECISION, BT, BD, BF, BV,
@@ -438,12 +451,6 @@ def _pass_hidden(
     vectors = rows
     kind = k.dtype.element_ty
     step = tl.load(vectors + nil + tl.arange(0, BT))
-    square, whole = _rows(nil, BT, BT, BT)
-    key = _load(k, base + nil, front, end, head, H, D, BT, BD)
-    pair = tl.dot(_load(q, base + nil, front, end, head, H, D, BT, BD), tl.trans(key), input_precision=PRECISION)
-    pair *= _load(mask, base + nil, front, end, head, H, BT, BT, BT)
-    tl.store(pairs + square, pair.to(kind), mask=whole)
-    tl.debug_barrier()
     beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
     c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
     for f in range(0, F, BF):
@@ -560,37 +567,37 @@ def _pass_carry(
 
 
 @triton.jit(noinline=True)
-def _pass_pairs(
-    k, dy, mask, pairs, rows, base, front, end, head, H, nil,
-    DV: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+def _pass_pair(
+    dy, mask, pairs, rows, base, front, end, head, H, nil,
+    DV: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """A . (dY g2^T) and its transpose to the two pairs."""
-    kind = k.dtype.element_ty
+    """A . (dY g2^T), or its transpose, to pairs."""
+    kind = dy.dtype.element_ty
     step = tl.load(rows + nil + tl.arange(0, BT))
-    at, inside = _rows(nil, BT, BT, BT)
     given = _load(dy, base + nil, front, end, head, H, DV, BT, BV)
     write = (step[:, None] * _get(rows + 8 * BT, nil, DV, BT, BV)).to(kind)
     left = _load(mask, base + nil, front, end, head, H, BT, BT, BT)
-    pair = left * tl.dot(given, tl.trans(write), input_precision=PRECISION)
+    if TURNED:
+        pair = tl.trans(left) * tl.dot(write, tl.trans(given), input_precision=PRECISION)
+    else:
+        pair = left * tl.dot(given, tl.trans(write), input_precision=PRECISION)
+    at, inside = _rows(nil, BT, BT, BT)
     tl.store(pairs + at, pair.to(kind), mask=inside)
-    pair = tl.trans(left) * tl.dot(write, tl.trans(given), input_precision=PRECISION)
-    tl.store(pairs + BT * BT + at, pair.to(kind), mask=inside)
     tl.debug_barrier()
 
 
 @triton.jit(noinline=True)
 def _pass_second(
-    dy, scalars, dmask, dscalars, slot, pairs, hidden, base, front, end, head, H, nil,
+    dy, scalars, dscalars, slot, pairs, hidden, base, front, end, head, H, nil,
     F: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Through the second layer's read: dH to hs, more of dX to dxs and of dbeta and dc to dscalars, and a X^T to dmask."""
+    """Through the second layer's read: dH to hs, more of dX to dxs and of dbeta and dc to dscalars."""
     xs = hidden
     hs = hidden + 3 * BT * F
     dxs = hidden + 4 * BT * F
     kind = dy.dtype.element_ty
     beta = _gate(scalars, base, front, end, head, H, BT, 4, 0)[:, None]
     c = _gate(scalars, base, front, end, head, H, BT, 4, 1)[:, None]
-    mixed = tl.zeros((BT, BT), tl.float32)
     dbeta = tl.zeros((BT,), tl.float32)
     dc = tl.zeros((BT,), tl.float32)
     for f in range(0, F, BF):
@@ -610,14 +617,11 @@ def _pass_second(
         dc += tl.sum(a * part, 1)
         dh += c * part
         dh *= slope
-        a = a.to(kind)
-        mixed += tl.dot(a, tl.trans(x), input_precision=PRECISION)
         dx = tl.load(dxs + here, mask=held, other=0.0).to(tl.float32)
-        dx -= tl.dot(_get(pairs + BT * BT, still, BT, BT, BT), a, input_precision=PRECISION)
+        dx -= tl.dot(_get(pairs + BT * BT, still, BT, BT, BT), a.to(kind), input_precision=PRECISION)
         tl.debug_barrier()  # every thread has read this slice before any writes it
         tl.store(hs + here, dh.to(kind), mask=held)
         tl.store(dxs + here, dx.to(kind), mask=held)
-    _store(dmask, mixed, base + nil, front, end, head, H, BT, BT, BT)
     dbeta += _gate(dscalars, base + nil, front, end, head, H, BT, 4, 0)
     dc += _gate(dscalars, base + nil, front, end, head, H, BT, 4, 1)
     tl.debug_barrier()
@@ -628,15 +632,20 @@ def _pass_second(
 
 @triton.jit(noinline=True)
 def _pass_mixed(
-    k, dy, mask, dmask, pairs, rows, base, front, end, head, H, nil,
-    DV: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+    k, dy, mask, dmask, pairs, hidden, rows, base, front, end, head, H, nil,
+    F: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """From a X^T in dmask: the rest of dg2 to dgrads, and part of dA to dmask."""
+    """Of what the second layer's rows have in common, a X^T: the rest of dg2 to dgrads, and part of dA to dmask."""
     kind = k.dtype.element_ty
     dgrads = rows + 8 * BT + BT * DV
     step = tl.load(rows + nil + tl.arange(0, BT))
     at, inside = _rows(nil, BT, BT, BT)
-    mixed = _load(dmask, base + nil, front, end, head, H, BT, BT, BT)
+    mixed = tl.zeros((BT, BT), tl.float32)
+    for f in range(0, F, BF):
+        here, held = _hidden(f, f * nil, F, BT, BF)
+        a = _gelu(tl.load(hidden + 3 * BT * F + here, mask=held, other=0.0).to(tl.float32))
+        x = tl.load(hidden + here, mask=held, other=0.0)
+        mixed += tl.dot(a.to(kind), tl.trans(x), input_precision=PRECISION)
     left = _load(mask, base + nil, front, end, head, H, BT, BT, BT)
     tl.store(pairs + at, (mixed * left).to(kind), mask=inside)
     given = _load(dy, base + nil, front, end, head, H, DV, BT, BV)
@@ -669,12 +678,6 @@ def _pass_keys(
     key_rows = rows - BT * D
     kind = k.dtype.element_ty
     step = tl.load(vectors + nil + tl.arange(0, BT))
-    square, whole = _rows(nil, BT, BT, BT)
-    query = _load(q, base + nil, front, end, head, H, D, BT, BD)
-    pair = tl.dot(_load(k, base + nil, front, end, head, H, D, BT, BD), tl.trans(query), input_precision=PRECISION)
-    pair *= tl.trans(_load(mask, base + nil, front, end, head, H, BT, BT, BT))
-    tl.store(pairs + square, pair.to(kind), mask=whole)
-    tl.debug_barrier()
     into_weights, into_momentum, _, _, _ = _last_row(mask, scalars, base, front, end, head, H, BT)
     into_weights = into_weights[:, None]
     into_momentum = into_momentum[:, None]
@@ -1012,6 +1015,7 @@ def _backward_kernel(
                     k, v, lr, slot + b1, slot + b2, hidden, rows, base, front, end, head, H, nil, limit,
                     D, F, DV, RESIDUAL, L2, CLAMP, True, PRECISION, BT, BD, BF, BV,
                 )  # fmt: skip
+                _compare(q, k, mask, pairs, base, front, end, head, H, nil, D, False, PRECISION, BT, BD)
                 _pass_hidden(
                     q, k, mask, scalars, slot, pairs, hidden, rows, base, front, end, head, H, nil,
                     D, F, PRECISION, BT, BD, BF,
@@ -1024,12 +1028,16 @@ def _backward_kernel(
                     dy, scalars, dscalars, slot + 2 * first, carry + 2 * first, hidden, base, front, end, head, H, nil, True,
                     DV, F, PRECISION, BT, BV, BF,
                 )  # fmt: skip
-                _pass_pairs(k, dy, mask, pairs, rows, base, front, end, head, H, nil, DV, PRECISION, BT, BV)
+                _pass_mixed(
+                    k, dy, mask, dmask, pairs, hidden, rows, base, front, end, head, H, nil, F, DV, PRECISION, BT, BF, BV
+                )  # fmt: skip
+                _pass_pair(dy, mask, pairs, rows, base, front, end, head, H, nil, DV, False, PRECISION, BT, BV)
+                _pass_pair(dy, mask, pairs + BT * BT, rows, base, front, end, head, H, nil, DV, True, PRECISION, BT, BV)
                 _pass_second(
-                    dy, scalars, dmask, dscalars, slot + 2 * first, pairs, hidden, base, front, end, head, H, nil,
+                    dy, scalars, dscalars, slot + 2 * first, pairs, hidden, base, front, end, head, H, nil,
                     F, DV, PRECISION, BT, BF, BV,
                 )  # fmt: skip
-                _pass_mixed(k, dy, mask, dmask, pairs, rows, base, front, end, head, H, nil, DV, PRECISION, BT, BV)
+                _compare(q, k, mask, pairs, base, front, end, head, H, nil, D, True, PRECISION, BT, BD)
                 _pass_keys(
                     q, k, mask, scalars, dlr, dscalars, carry, pairs,
                     hidden, rows, base, front, end, head, H, nil, D, F, PRECISION, BT, BD, BF,
@@ -1266,7 +1274,9 @@ def mlp_specs(capability: int) -> Iterator[CompileSpec]:
     inputs = {**dict.fromkeys(("q", "k", "v", "lr"), "*bf16"), **dict.fromkeys(("mask", "scalars"), "*fp32")}
     memory = dict.fromkeys(("w1", "w2", "m1", "m2", "s1", "s2"), "*fp32")
     shared = {
-        **inputs, **memory, "boundaries": "*fp32", "slot_starts": "*i64", "states": "*fp32", "hidden": "*bf16", "rows": "*fp32", "pairs": "*bf16", "position": "*i64",
+        **inputs, **memory, "boundaries": "*fp32", "slot_starts": "*i64",
+        "states": "*fp32", "hidden": "*bf16", "rows": "*fp32", "pairs": "*bf16",
+        "position": "*i64",
         "cu_seqlens": "*i64", "T": "i32", "H": "i32", "numbers": "i32", "every": "i32", "zero": "i32", "limit": "fp32",
     }  # fmt: skip
 
