@@ -29,11 +29,14 @@ class MemoryAsContext(nn.Module):
     Args:
         memory, attention, gate: the parts; `attention` was built with the same segment.
         segment: C, in real tokens of each sequence.
+        residual: y_t = x_t + Attn(...), so that the memory is written with the token itself from the first step on.
     """
 
-    def __init__(self, memory: NeuralMemory, attention: PersistentAttention, gate: MemoryGate, segment: int):
+    def __init__(
+        self, memory: NeuralMemory, attention: PersistentAttention, gate: MemoryGate, segment: int, residual: bool = False
+    ):
         super().__init__()
-        self.memory, self.attention, self.gate, self.segment = memory, attention, gate, segment
+        self.memory, self.attention, self.gate, self.segment, self.residual = memory, attention, gate, segment, residual
 
     def forward(self, x: Tensor, layout: TokenLayout, state: LayerState | None = None) -> Tensor:
         state = LayerState() if state is None else state
@@ -91,6 +94,7 @@ class MemoryAsContext(nn.Module):
         """Tokens of which no sequence has two segments."""
         retrieved = self.memory.retrieve(x, q, self._before(state), layout)
         y = self.attention(x, layout, state, retrieved)
+        y = x + y if self.residual else y
         return self.gate(x, y, self.memory(y, layout, state))
 
     def _before(self, state: LayerState) -> tuple[Tensor, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layout import TokenLayout
@@ -21,22 +24,31 @@ class MemoryGate(nn.Module):
         kind: "product", norm(y) * sigmoid(norm(m)), each norm an RMSNorm with a learned weight (Sec. 4.2: both outputs are normalised
             with learnable vectors, then a non-linearity); or "mix", g norm(y) + (1 - g) norm(m) with g = sigmoid(W x).
         norm_eps: of the norms.
+
+    The weight of what enters the residual stream starts at 0.1: normalised to 1 it would drown the embeddings at the start.
     """
 
     def __init__(self, hidden_size: int, kind: str = "product", norm_eps: float = 1e-6):
         super().__init__()
         if kind not in GATES:
             raise ValueError(f"MemoryGate: kind is {kind!r}, needs one of {', '.join(GATES)}")
-        self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.memory_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.norm_eps = norm_eps
+        self.attention_weight = nn.Parameter(torch.empty(hidden_size))
+        self.memory_weight = nn.Parameter(torch.empty(hidden_size))
         self.mix_proj = nn.Linear(hidden_size, hidden_size, bias=False) if kind == "mix" else None
+        self.init_weights(nn.init)
 
     def forward(self, x: Tensor, y: Tensor, m: Tensor) -> Tensor:
         """`x` the layer's input, `y` from attention, `m` from the memory."""
-        y, m = self.attention_norm(y), self.memory_norm(m)
+        y = F.rms_norm(y, y.shape[-1:], self.attention_weight, self.norm_eps)
+        m = F.rms_norm(m, m.shape[-1:], self.memory_weight, self.norm_eps)
         if self.mix_proj is None:
             return y * m.sigmoid()
         return torch.lerp(m, y, self.mix_proj(x).sigmoid())
+
+    def init_weights(self, init: Any) -> None:
+        init.constant_(self.attention_weight, 0.1)
+        init.constant_(self.memory_weight, 1.0 if self.mix_proj is None else 0.1)
 
 
 class MemoryAsGate(nn.Module):

@@ -79,7 +79,7 @@ class NeuralMemory(nn.Module):
         momentum: bool = True,
         decay: bool = True,
         lr_max: float = 1.0,
-        lr_start: float = 0.5,
+        lr_start: float = 0.1,
         momentum_start: float = 0.5,
         decay_start: float = 0.01,
         max_grad_norm: float | None = 1.0,

@@ -46,7 +46,10 @@ CONFIGS = {
     "linear-transformer-gated-delta": ("linear-transformer-gated-delta-tiny", {}),
     "titans-lmm": ("titans-lmm-tiny", {**_TITANS, "conv_width": 3}),
     "titans-mac": ("titans-mac-tiny", {**_TITANS, "num_persistent_tokens": 2}),
-    "titans-mac-mix": ("titans-mac-tiny", {**_TITANS, "gate": "mix", "memory_layers": [0], "attention_conv_width": 2}),
+    "titans-mac-mix": (
+        "titans-mac-tiny",
+        {**_TITANS, "gate": "mix", "memory_layers": [0], "attention_conv_width": 2, "attention_residual": True},
+    ),
     "titans-mag": ("titans-mag-tiny", {**_TITANS, "num_key_value_heads": 1}),
     "titans-mal": ("titans-mal-tiny", {**_TITANS, "memory_depth": 1, "num_persistent_tokens": 0, "attention_conv_width": 3}),
 }

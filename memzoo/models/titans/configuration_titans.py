@@ -30,6 +30,7 @@ class TitansConfig(MemzooConfig):
         output_gate: SiLU gate on what the memory reads, before its output projection.
         num_persistent_tokens: learned vectors that stand before every sequence*; 0 for none.
         segment_length: tokens of a segment of MAC*.
+        attention_residual: MAC writes and reads its memory with x + Attn(...) instead of Attn(...) alone.
         sliding_window: tokens that attention sees in MAG, MAL and in layers without a memory*, its own included.
         gate: how MAC and MAG bring attention and memory together: "product" or "mix".
         num_key_value_heads: heads of attention's keys and values; None for num_attention_heads.
@@ -49,7 +50,7 @@ class TitansConfig(MemzooConfig):
     momentum: bool = True
     decay: bool = True
     lr_max: float = 1.0
-    lr_start: float = 0.5
+    lr_start: float = 0.1
     momentum_start: float = 0.5
     decay_start: float = 0.01
     max_grad_norm: float | None = 1.0
@@ -58,6 +59,7 @@ class TitansConfig(MemzooConfig):
     output_gate: bool = True
     num_persistent_tokens: int = 16
     segment_length: int = 256
+    attention_residual: bool = False
     sliding_window: int = 512
     gate: str = "product"
     num_key_value_heads: int | None = None
@@ -86,6 +88,7 @@ class TitansConfig(MemzooConfig):
         self._require_one_of("position_embedding", ("rotary", "none"))
         for name in ("memory_depth", "memory_expansion", "chunk_size", "segment_length"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
+        self._require(not self.attention_residual or self.variant == "mac", "attention_residual", "False but in MAC")
         self._require(self.sliding_window >= 2, "sliding_window", "at least 2")
         self._require(self.num_persistent_tokens >= 0, "num_persistent_tokens", "at least 0")
         for name in ("conv_width", "attention_conv_width"):

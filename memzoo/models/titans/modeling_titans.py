@@ -61,7 +61,8 @@ class TitansModel(MemzooModel):
         gate = MemoryGate(config.hidden_size, config.gate, config.rms_norm_eps)
         if config.variant == "mag":
             return MemoryAsGate(_memory(config), _attention(config), gate)
-        return MemoryAsContext(_memory(config), _attention(config, config.segment_length), gate, config.segment_length)
+        attention = _attention(config, config.segment_length)
+        return MemoryAsContext(_memory(config), attention, gate, config.segment_length, config.attention_residual)
 
     @staticmethod
     def make_reader(config: TitansConfig, index: int) -> PersistentAttention | None:
