@@ -1,4 +1,29 @@
-"""Triton kernels of the neural memory of depth 1, a matrix: forward sweep, backward, and one decode step."""
+"""Triton kernels of the neural memory of depth 1, a matrix: forward sweep, backward, and one decode step.
+
+With A, beta, c, e and E's last row from `gates`, W and S the weights and their momentum before the chunk, B the weights that its gradients
+are taken at (W, unless the call began inside the chunk), R = K B - V (or -V; + K with a residual), g = s R and N = A * (Q K^T):
+
+    Y = beta Q W + c Q S - N g (+ Q);   W' = beta_L W + c_L S - (A[L] K)^T g;   S' = e_L S - (E[L] K)^T g
+    s = theta, or with a clamp theta min(1, m / |K||R|) row by row
+    backward, from dW', dS' and dY:   dg = -A[L] (K dW') - E[L] (K dS') - N^T dY;   dtheta = dg . R;   dR = s dg;   dV = -dR
+    dW = beta_L dW' + Q^T (beta dY) + K^T dR;   dS = c_L dW' + e_L dS' + Q^T (c dY)
+    with M = A * (dY g^T):   dQ = beta dY W^T + c dY S^T - M K (+ dY);   dK = dR B^T (+ dR) - A[L] (g dW'^T) - E[L] (g dS'^T) - M^T Q
+    dA = -(dY g^T) * (Q K^T), its last row also -(g dW'^T) . K;   dE[L] = -(g dS'^T) . K;   dbeta = Q . dY W^T;   dc = Q . dY S^T, and at
+    the last row dbeta += <W, dW'>, dc += <S, dW'>, de = <S, dS'>
+    with a clamp, where it binds, w = -s (dg . R) / |K|^2 |R|^2:   dR += w |K|^2 R;   dK += w |R|^2 K;   dtheta = m / |K||R| (dg . R)
+
+Kernels: `scores` (rows of a chunk a program) writes N; `sweep` (a sequence, head and tile of Dv a program) carries W and S in registers;
+its chain is two products a chunk, K W and K^T g. The backward goes window by window from the last (`matrix_window`): `sweep` again, from
+the window's saved state, now writing W, S and R of its chunks; `reverse` carries dW and dS back and writes them, dV and dtheta; `pairs`
+writes M and dA; `inputs` (a chunk a program) the rest. A clamp needs the norm over all columns: one program then takes the tiles in turn,
+with the state in memory that stays in L2 (32 D^2 bytes a chunk and pass), several times slower where few sequences and heads run.
+
+For each token and head in bf16, Dk = Dv = D, chunk b, in brackets at D = 128, b = 64; without the mask's own 4 b written in `gates`:
+    forward    12 D + 10 b bytes (2,176; compulsory 8 D = 1,024)                      10 D^2 + 4 b D operations (197 k)
+    backward   30 D + 22 b + 16 D^2 / b bytes (9,344; compulsory 1,792)               26 D^2 + 14 b D (541 k)
+At 4.3 TB/s and 790 TFLOP/s bytes decide: 0.51 ns forward (0.25 for the least) and 2.2 ns backward. A step moves W, S and the chunk's start
+once each way, 24 D^2 bytes.
+"""
 
 from __future__ import annotations
 
@@ -502,8 +527,6 @@ def _reverse_kernel(
                     D, DV, PRECISION, BT, BK, BV,
                 )  # fmt: skip
                 error = _load(errors, i, row, head, H, tile * BV, DV, front, end, BV).to(tl.float32)
-                # dv's place holds these gradients until the second pass.
-                _store(dv, grad, i, row, head, H, tile * BV, DV, front, end, BV)
                 slope += tl.sum(grad * error, 1)
                 error_square += tl.sum(error * error, 1)
             rate = _numbers(strength, i, row, head, H, 1, 0, front, end)
@@ -518,10 +541,15 @@ def _reverse_kernel(
                 fresh = (c + tile) >> 31
                 i = tl.arange(0, BT) ^ fresh
                 where, held = _matrix(0, tile * BV, fresh, D, DV, BK, BV)
-                grad = _load(dv, i, row, head, H, tile * BV, DV, front, end, BV).to(tl.float32)
+                after = tl.load(dweights + base + where, mask=held, other=0.0)
+                after_momentum = tl.load(dmomentum + base + where, mask=held, other=0.0)
+                grad = _output_grad(
+                    k, mask, scalars, reads, dy, after, after_momentum, i, row, head, H, tile * BV, front, end,
+                    D, DV, PRECISION, BT, BK, BV,
+                )  # fmt: skip
                 error = _load(errors, i, row, head, H, tile * BV, DV, front, end, BV).to(tl.float32)
                 grad = rate[:, None] * grad + (turn * key_square)[:, None] * error
-                tl.debug_barrier()
+                tl.debug_barrier()  # keeps what follows out of the registers until then
                 after = tl.load(dweights + base + where, mask=held, other=0.0)
                 after_momentum = tl.load(dmomentum + base + where, mask=held, other=0.0)
                 before, before_momentum = _retreat(
@@ -746,12 +774,8 @@ def _step_kernel(
     if RESIDUAL:
         output += tl.load(q + number * D + j, mask=j < D, other=0.0).to(tl.float32)
     tl.store(y + number * DV + j, output.to(y.dtype.element_ty), mask=j < DV)
-    if place == BT - 1:  # the chunk closes
-        opened = written
-    elif place == 0:
-        opened = memory
-    else:
-        opened = tl.load(start + base + where, mask=held, other=0.0)
+    kept = tl.load(start + base + where, mask=_only(held, place != 0), other=0.0)
+    opened = tl.where(place == BT - 1, written, tl.where(place == 0, memory, kept))  # the chunk's own weights once it closes
     tl.store(new_start + base + where, opened, mask=held)
 
 
@@ -1003,3 +1027,11 @@ def matrix_specs(capability: int) -> Iterator[CompileSpec]:
         yield from specs(name + "reverse", _reverse_kernel, reverse, clamp, CONTINUES=False)
     yield from specs("pairs", _pairs_kernel, PAIRS)
     yield from specs("inputs", _inputs_kernel, INPUTS, True)
+    types |= {"y": "*bf16", "H": "i32", **dict.fromkeys(("momentum_gate", "decay"), "*bf16")}
+    types |= dict.fromkeys(("momentum", "new_weights", "new_momentum", "new_start"), "*fp32")
+    for size, _ in STEP.entries:
+        launch = STEP.lookup(size, capability)
+        given = {"D": size, "DV": size, "RESIDUAL": True, "L2": True, "CLAMP": True, "BT": 64, "BK": size, **launch.blocks}
+        signature = {**types, **dict.fromkeys(("q", "k", "v", "lr"), "*bf16")}
+        name = f"neural_memory matrix step {size}"
+        yield CompileSpec(name, _step_kernel, signature, given, launch.num_warps, launch.num_stages)
