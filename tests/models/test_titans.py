@@ -161,7 +161,7 @@ def in_window(layer, config, xs):
 
 
 def gated(layer, config, x, y, m):
-    y, m = rms(y, layer.attention_norm.weight), rms(m, layer.memory_norm.weight)
+    y, m = rms(y, layer.attention_weight), rms(m, layer.memory_weight)
     if config.gate == "product":
         return y * m.sigmoid()
     g = (layer.mix_proj.weight @ x).sigmoid()
@@ -177,6 +177,8 @@ def as_context(layer, config, xs):
         attention.add(memory.read(before, x, "context"), t, "retrieved")  # h_t
         attention.add(x, t)
         y = attention.see(x, t, 2 * (t % config.segment_length + 1))
+        if config.attention_residual:
+            y = x + y
         out.append(gated(layer.gate, config, x, y, memory.write_and_read(y)))
     return out
 
@@ -222,11 +224,22 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("changes", CHANGES, ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "as-is")
 def test_follows_the_equations_token_by_token(variant, changes):
     """Every switch does what its equation says, in all variants: the whole model, through attention, memory and MLP of two layers."""
+    check(variant, changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"segment_length": 4, "memory_layers": [1]}])
+def test_attention_with_a_residual_follows_the_equations(changes):
+    check("mac", {"attention_residual": True, **changes})
+    with pytest.raises(ValueError, match="attention_residual"):
+        titans("mag", attention_residual=True)
+
+
+@torch.no_grad()
+def check(variant, changes):
     model = titans(variant, **{"position_embedding": "none", **changes})
     ids = tokens(15)
     bound = 5e-6 if "position_embedding" in changes else 1e-9  # transformers' angles are float32
