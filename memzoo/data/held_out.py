@@ -29,8 +29,8 @@ def make_held_out(tokenizer, length: int, rng: np.random.Generator, *, first_buc
         split: which part of the prose.
 
     Returns:
-        input (the whole text), cuts (characters where the buckets start and end), edges (the same in tokens), bytes (UTF-8 bytes of each
-        bucket), length, tokens.
+        input (the whole text), buckets (tokens where the buckets should start and end), edges (where they do), cuts (the same in
+        characters), bytes (UTF-8 bytes of each bucket), length, tokens.
 
     Raises:
         DoesNotFit: the prose has fewer tokens than that.
@@ -66,6 +66,7 @@ def make_held_out(tokenizer, length: int, rng: np.random.Generator, *, first_buc
         "input": text,
         "gen_prefix": "",
         "cuts": cuts,
+        "buckets": bucket_edges(length, first_bucket),
         "edges": edges,
         "bytes": [len(text[a:b].encode()) for a, b in zip(cuts, cuts[1:])],
         "outputs": [],

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ..data.held_out import bucket_edges
 from ..data.niah import DoesNotFit
 from ..data.tasks import DEPTHS, SuiteTask, documents, find_tasks, requests_of
 from .common import (
@@ -215,7 +214,7 @@ def evaluate(
                 "suite": task.suite,
                 "task": task.name,
                 "length": length,
-                **summary(task, scored, changed),
+                **summary(task, scored),
                 **subject.facts(length),
                 "chance": _chance(asked),
                 "settings": settings,
@@ -345,6 +344,7 @@ def _kept(task: SuiteTask, sample: dict) -> dict:
             "prompt": document["input"][-TAIL:],
             "log_likelihoods": [chance for chance, _ in answers],
             "bytes": document["bytes"],
+            "buckets": document["buckets"],
             "edges": document["edges"],
         }
     kept |= {key: document[key] for key in ("depth", "key", "labels") if document.get(key) is not None}
@@ -364,10 +364,10 @@ def _kept(task: SuiteTask, sample: dict) -> dict:
     return {**kept, "prompt": context[-TAIL:], "answer": answers[0], "target": document["outputs"], "score": score}
 
 
-def summary(task: SuiteTask, scored: list[dict], changed: dict) -> dict:
+def summary(task: SuiteTask, scored: list[dict]) -> dict:
     """The figures of a cell: metric, value, count, interval, and its parts by depth or position."""
     if task.kind == "loss":
-        return _loss_summary(scored, task, changed)
+        return _loss_summary(scored)
     parts = []
     for depth in sorted({sample["depth"] for sample in scored if "depth" in sample}):
         parts.append({"depth": depth, **_accuracy([sample for sample in scored if sample.get("depth") == depth])})
@@ -385,10 +385,10 @@ def _accuracy(scored: list[dict]) -> dict:
     }
 
 
-def _loss_summary(scored: list[dict], task: SuiteTask, changed: dict) -> dict:
+def _loss_summary(scored: list[dict]) -> dict:
     bits = [-sum(sample["log_likelihoods"]) / math.log(2) for sample in scored]
     sizes = [sum(sample["bytes"]) for sample in scored]
-    edges = bucket_edges(scored[0]["length"], changed.get("first_bucket", task.difficulty["first_bucket"]))
+    buckets = scored[0]["buckets"]
     parts = []
     for index in range(len(scored[0]["bytes"])):
         nats = [-sample["log_likelihoods"][index] for sample in scored]
@@ -396,8 +396,8 @@ def _loss_summary(scored: list[dict], task: SuiteTask, changed: dict) -> dict:
         piece = [sample["bytes"][index] for sample in scored]
         parts.append(
             {
-                "from": edges[index],
-                "to": edges[index + 1],
+                "from": buckets[index],
+                "to": buckets[index + 1],
                 "loss": sum(nats) / sum(tokens),
                 "bits_per_byte": sum(nats) / math.log(2) / sum(piece),
                 "count": len(scored),

@@ -10,7 +10,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 
-from ..data.held_out import bucket_edges
 from ..data.tasks import DEPTHS, TASKS, documents, requests_of
 from ..data.text import load_tokenizer
 
@@ -94,11 +93,7 @@ class MemzooTask(ConfigurableTask):
         depths = {depth for depth in test["depth"] if depth is not None} if "depth" in test.column_names else ()
         self.depths = [f"depth_{depth:g}" for depth in sorted(depths)]
         if task.kind == "loss":
-            self.depths = [f"from_{edge}" for edge in bucket_edges(max(test["length"]), self._first_bucket)[:-1]]
-
-    @property
-    def _first_bucket(self) -> int:
-        return (self.config.metadata or {}).get("first_bucket", self.task.difficulty["first_bucket"])
+            self.depths = [f"from_{edge}" for edge in sorted({edge for edges in test["buckets"] for edge in edges[:-1]})]
 
     def construct_requests(self, doc: dict, ctx: str, **kwargs):
         if self.task.kind == "generate":
@@ -129,8 +124,7 @@ class MemzooTask(ConfigurableTask):
         whole = (sum(chances), sum(doc["bytes"]))
         tokens = (sum(chances), doc["tokens"])
         scored = {"bits_per_byte": whole, "loss": tokens, f"length_{doc['length']}": whole}
-        edges = bucket_edges(doc["length"], self._first_bucket)
-        scored |= {f"from_{edge}": piece for edge, piece in zip(edges, zip(chances, doc["bytes"]))}
+        scored |= {f"from_{edge}": piece for edge, *piece in zip(doc["buckets"], chances, doc["bytes"])}
         return {name: scored.get(name, NOT_SCORED) for name in ("bits_per_byte", "loss", *self.lengths, *self.depths)}
 
     def aggregation(self) -> dict:

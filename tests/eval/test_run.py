@@ -87,6 +87,8 @@ def test_the_store_says_everything(folders, tmp_path):
             assert record["interval"][0] < record["value"] < record["interval"][1] and record["correct"] is None
     assert [(c["depth"], c["count"]) for c in records[0]["cells"]] == [(0.0, 2), (1.0, 2)]
     assert [(c["from"], c["to"]) for c in records[-1]["cells"]] == [(0, 128), (128, 256), (256, 300)]
+    (other,) = evaluate([folder], ["ppl_by_length"], lengths=[300], limit=2, difficulty={"first_bucket": 100})
+    assert [(c["from"], c["to"]) for c in other["cells"]] == [(0, 100), (100, 200), (200, 300)]
     losses = [(c["loss"] / math.log(2), c["bits_per_byte"]) for c in records[-1]["cells"]]
     assert all(1.0 < bits / per_byte < 5.0 for bits, per_byte in losses)  # bytes a token
 
