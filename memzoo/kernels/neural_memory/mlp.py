@@ -155,8 +155,8 @@ def _enter(
 
 
 # A program's scratch: `hidden` rows [BT, F] in the inputs' type (xs, slopes, us; in the backward also hs, dxs, dgs, curves); `rows` in
-# float32 (in the backward key_rows [BT, D] before it; eight vectors [BT]; grads [BT, Dv]; in the backward dgrads [BT, Dv]); `pairs` [BT, BT]
-# in the inputs' type, two in the backward. `vectors`: step, min(1, max / n), n, |K|^2, |G1|^2, |X|^2, |G2|^2, dA of the last row.
+# float32 (in the backward key_rows [BT, D] before it; eight vectors [BT]; grads [BT, Dv]; in the backward dgrads [BT, Dv]); `pairs`
+# [BT, BT] in their type, two in the backward. `vectors`: step, min(1, max / n), n, |K|^2, |G1|^2, |X|^2, |G2|^2, dA of the last row.
 #
 # Each pass over the hidden width is a function of its own, not inlined: the compiler otherwise computes the addresses of all passes first
 # and keeps them in registers throughout. What a loop multiplies by in every slice is loaded in every slice for the same reason, and `nil`,
@@ -850,49 +850,72 @@ def _pass_grad(
 
 
 @triton.jit(noinline=True)
-def _pass_inner(
-    k, dv, b2, db2, hidden, rows, base, front, end, head, H, nil,
+def _pass_base_second(
+    v, dv, db2, hidden, rows, base, front, end, head, H, nil,
     F: tl.constexpr, DV: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Through the GELU of the inner gradient: dZ to dgs, and the gradient of the second layer's weights added to db2."""
-    xs = hidden
+    """The gradient of the second layer's weights that the inner gradient is taken at, added to db2."""
+    slopes = hidden + BT * F
+    us = hidden + 2 * BT * F
+    dgs = hidden + 5 * BT * F
+    kind = v.dtype.element_ty
+    step = tl.load(rows + nil + tl.arange(0, BT))
+    by_key = tl.load(rows + 3 * BT + nil + tl.arange(0, BT))
+    for f in range(0, F, BF):
+        still = f * nil
+        at, inside = _slice(f, still, DV, F, BV, BF)
+        here, held = _hidden(f, still, F, BT, BF)
+        slope = tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
+        dinner = step[:, None] * tl.load(dgs + here, mask=held, other=0.0).to(tl.float32)
+        if CLAMP:
+            dinner += by_key[:, None] * slope * tl.load(us + here, mask=held, other=0.0).to(tl.float32)
+        grad = _get(rows + 8 * BT, still, DV, BT, BV).to(kind)
+        change = tl.dot(tl.trans(grad), (dinner * slope).to(kind), input_precision=PRECISION)
+        if L2:
+            negative = _load(dv, base + still, front, end, head, H, DV, BT, BV)
+            x = tl.load(hidden + here, mask=held, other=0.0)
+            change -= tl.dot(tl.trans(negative), x, input_precision=PRECISION)
+        change += tl.load(db2 + at, mask=inside, other=0.0)
+        tl.debug_barrier()  # every thread has read this slice before any writes it
+        tl.store(db2 + at, change, mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def _pass_inner(
+    dv, b2, hidden, rows, base, front, end, head, H, nil,
+    F: tl.constexpr, DV: tl.constexpr, L2: tl.constexpr, CLAMP: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Through the GELU of the inner gradient: dZ to dgs."""
     slopes = hidden + BT * F
     us = hidden + 2 * BT * F
     dxs = hidden + 4 * BT * F
     dgs = hidden + 5 * BT * F
     curves = hidden + 6 * BT * F
-    vectors = rows
-    grads = rows + 8 * BT
-    kind = k.dtype.element_ty
-    step = tl.load(vectors + nil + tl.arange(0, BT))
-    if CLAMP:
-        by_key = tl.load(vectors + 3 * BT + nil + tl.arange(0, BT))
-        by_grad = tl.load(vectors + 6 * BT + nil + tl.arange(0, BT))
+    kind = dv.dtype.element_ty
+    step = tl.load(rows + nil + tl.arange(0, BT))
+    by_key = tl.load(rows + 3 * BT + nil + tl.arange(0, BT))
+    by_grad = tl.load(rows + 6 * BT + nil + tl.arange(0, BT))
     for f in range(0, F, BF):
         still = f * nil
         at, inside = _slice(f, still, DV, F, BV, BF)
         here, held = _hidden(f, still, F, BT, BF)
-        x = tl.load(xs + here, mask=held, other=0.0)
         slope = tl.load(slopes + here, mask=held, other=0.0).to(tl.float32)
         u = tl.load(us + here, mask=held, other=0.0).to(tl.float32)
         dinner = step[:, None] * tl.load(dgs + here, mask=held, other=0.0).to(tl.float32)
         dx = tl.load(dxs + here, mask=held, other=0.0).to(tl.float32)
         if CLAMP:
             dinner += by_key[:, None] * slope * u
-            dx += by_grad[:, None] * x.to(tl.float32)
-        grad = _get(grads, still, DV, BT, BV).to(kind)
-        change = tl.dot(tl.trans(grad), (dinner * slope).to(kind), input_precision=PRECISION)
+            dx += by_grad[:, None] * tl.load(hidden + here, mask=held, other=0.0).to(tl.float32)
         if L2:
             negative = _load(dv, base + still, front, end, head, H, DV, BT, BV)
             weight = tl.load(b2 + at, mask=inside, other=0.0).to(kind)
             dx -= tl.dot(negative, weight, input_precision=PRECISION)
-            change -= tl.dot(tl.trans(negative), x, input_precision=PRECISION)
         dz = dinner * u * tl.load(curves + here, mask=held, other=0.0).to(tl.float32) + dx * slope
-        change += tl.load(db2 + at, mask=inside, other=0.0)
         tl.debug_barrier()  # every thread has read this slice before any writes it
         tl.store(dgs + here, dz.to(kind), mask=held)
-        tl.store(db2 + at, change, mask=inside)
     tl.debug_barrier()
 
 
@@ -1059,9 +1082,12 @@ def _backward_kernel(
                     k, dv, dlr, slot + b2,
                     hidden, rows, base, front, end, head, H, nil, limit, D, F, DV, RESIDUAL, L2, CLAMP, PRECISION, BT, BF, BV,
                 )  # fmt: skip
+                _pass_base_second(
+                    v, dv, carry + into2, hidden, rows, base, front, end, head, H, nil,
+                    F, DV, L2, CLAMP, PRECISION, BT, BF, BV,
+                )  # fmt: skip
                 _pass_inner(
-                    k, dv, slot + b2, carry + into2,
-                    hidden, rows, base, front, end, head, H, nil, F, DV, L2, CLAMP, PRECISION, BT, BF, BV,
+                    dv, slot + b2, hidden, rows, base, front, end, head, H, nil, F, DV, L2, CLAMP, PRECISION, BT, BF, BV
                 )  # fmt: skip
                 _pass_base(
                     q, k, dk, slot + b1, carry + into1, pairs, hidden, rows, base, front, end, head, H, nil,
