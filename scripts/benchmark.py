@@ -56,10 +56,12 @@ STANDARD = [
 SWEEP = [Shape(16384 // length, length, 16, dim) for dim in (128, 64) for length in (2048, 4096, 8192, 16384)]
 LONG = [Shape(1, 65536, 16, 128), Shape(32, 2048, 16, 128)]
 SOME = [Shape(4, 2048, 16, 128), Shape(2, 16384, 16, 128)]
+GROWING = [Shape(1, length, 16, dim) for dim in (64, 128) for length in (1024, 4096, 16384, 65536)]
 DECODE = [Shape(batch, 1, 16, 128) for batch in (1, 8, 64)]
 QUICK = {Shape(4, 2048, 16, 128), Shape(8, 1024, 8, 64), Shape(1, 65536, 16, 128), Shape(8, 1, 16, 128)}
 TINY, TINY_STEP = Shape(1, 64, 4, 16), Shape(1, 1, 4, 16)
 HOST = Shape(1, 256, 4, 64)
+CHUNK, HIDDEN = 64, 4  # of a neural memory: tokens a chunk, hidden width over the head dimension
 CACHED = 4096  # keys that a decoding attention reads
 
 Tensors = dict[str, Tensor]
@@ -82,7 +84,10 @@ class Case:
 
     def run(self, tensors: Tensors, implementation: str | None = None) -> tuple[Tensor, ...]:
         """The operator's outputs (output, and final state where asked for) as a flat tuple."""
-        outputs = getattr(kernels, self.operator)(**tensors, **self.options, implementation=implementation)
+        given = {name: t for name, t in tensors.items() if not name.startswith("weights.")}
+        if layers := tuple(t for name, t in tensors.items() if name.startswith("weights.")):
+            given["weights"] = layers
+        outputs = getattr(kernels, self.operator)(**given, **self.options, implementation=implementation)
         return tuple(o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None)
 
 
@@ -116,6 +121,18 @@ def memory_inputs(shape: Shape, make, *, gates: Iterable[str] = (), state: bool 
     return tensors
 
 
+def neural_inputs(shape: Shape, make, *, depth: int) -> Tensors:
+    """Gates as a layer makes them, with steps small enough that a chunk of random keys does not overshoot."""
+    tensors = memory_inputs(shape, make)
+    size = (shape.batch, shape.length, shape.heads)
+    tensors |= {"lr": 0.1 * make(*size).float().sigmoid(), "momentum": make(*size).float().sigmoid()}
+    tensors["decay"] = 0.1 * make(*size).float().sigmoid()
+    hidden = [HIDDEN * shape.dim] * (depth - 1)
+    for i, (a, b) in enumerate(zip([shape.dim, *hidden], [*hidden, shape.dim])):
+        tensors[f"weights.{i}"] = make(shape.heads, a, b).float() * a**-0.5
+    return tensors
+
+
 def cached_inputs(shape: Shape, make) -> Tensors:
     tensors = heads_inputs(shape, make)
     for name in ("k", "v"):
@@ -146,6 +163,13 @@ def memory_operations(shape: Shape, *, products: int) -> float:
     return 2 * products * shape.dim**2 * shape.batch * shape.length * shape.heads
 
 
+def neural_operations(shape: Shape, *, depth: int) -> float:
+    """With F the hidden width: the inner forward and gradient, reads of weights and momentum, writes of both, pairs in a chunk."""
+    dim, hidden = shape.dim, HIDDEN * shape.dim
+    token = 12 * dim**2 + 4 * CHUNK * dim if depth == 1 else 22 * dim * hidden + 4 * CHUNK * (dim + hidden)
+    return token * shape.batch * shape.length * shape.heads
+
+
 def conv_operations(shape: Shape) -> float:
     return 8 * shape.batch * shape.length * shape.heads * shape.dim
 
@@ -154,6 +178,8 @@ def conv_operations(shape: Shape) -> float:
 
 
 def one_head(shape: Shape, name: str, tensor: Tensor, *, groups: int = 1) -> Tensor:
+    if name.startswith("weights."):
+        return tensor[-1:]  # of one sequence's gradients: such shapes have batch 1
     return tensor[-1:, :, -(tensor.shape[2] * groups // shape.heads) :]
 
 
@@ -223,6 +249,30 @@ def plain_linear(case: Case, shape: Shape, tensors: Tensors):
     """Our own linear attention without decay: the bound for every matrix memory with a richer write."""
     own = {name: tensors[name].detach().clone().requires_grad_() for name in ("q", "k", "v")}
     return lambda: kernels.linear_attention(**own)[0], list(own.values())
+
+
+def titans(case: Case, shape: Shape, tensors: Tensors):
+    """titans-pytorch's memory of the same depth, width and chunk; its projections and gates are in the time."""
+    from titans_pytorch import MemoryMLP, NeuralMemory
+
+    like = tensors["q"]
+    depth = sum(name.startswith("weights.") for name in tensors)
+    memory = NeuralMemory(
+        shape.heads * shape.dim, dim_head=shape.dim, heads=shape.heads, chunk_size=CHUNK,
+        model=MemoryMLP(shape.dim, depth=depth, expansion_factor=HIDDEN),
+    ).to(like.device, like.dtype)  # fmt: skip
+    x = torch.randn(shape.batch, shape.length, shape.heads * shape.dim, device=like.device, dtype=like.dtype, requires_grad=True)
+    return lambda: memory(x)[0], [x, *memory.memory_model_parameters]
+
+
+def ttt_linear(case: Case, shape: Shape, tensors: Tensors):
+    """flash-linear-attention's TTT-Linear with the same chunk: a matrix with a LayerNorm in its loss, without momentum and decay."""
+    from fla.ops.ttt import chunk_ttt_linear
+
+    q, k, v, lr = (tensors[name].detach().clone().requires_grad_() for name in ("q", "k", "v", "lr"))
+    scale, shift = (torch.ones(shape.heads, shape.dim, device=q.device, dtype=q.dtype) * value for value in (1, 0))
+    own = [q, k, v, lr, scale.requires_grad_(), shift.requires_grad_()]
+    return lambda: chunk_ttt_linear(q, k, v, scale, shift, lr[..., None].to(q.dtype), chunk_size=CHUNK)[0], own
 
 
 def torch_conv(case: Case, shape: Shape, tensors: Tensors):
@@ -303,6 +353,15 @@ CASES = [
     Case(
         "delta_rule", "step", partial(memory_inputs, gates=("beta", "log_decay"), state=True),
         partial(memory_operations, products=3), DECODE, STEP, peers={"sdpa": sdpa}, backward=None,
+    ),
+    *(
+        Case(
+            "neural_memory", f"depth {depth}, chunk {CHUNK}", partial(neural_inputs, depth=depth),
+            partial(neural_operations, depth=depth), GROWING, {"chunk_size": CHUNK}, part=one_head,
+            peers={"sdpa": sdpa, "linear_attention": plain_linear, "titans-pytorch": titans,
+                   **({"fla ttt": ttt_linear} if depth == 1 else {})},
+        )
+        for depth in (1, 2)
     ),
     Case(
         "causal_conv1d", "width 4, bias, SiLU", conv_inputs, conv_operations, STANDARD + LONG, {"activation": "silu"},
@@ -575,6 +634,7 @@ def show(row: dict[str, object]) -> None:
         print(f"{head}{row['error']}", flush=True)
         return
     peers = "  ".join(f"{name} {times:.2f}x" for name, times in row["x_peer"].items())
+    peers += "".join(f"  {name} absent" for name in row["absent"])
     print(f"{head}{row['pass']:17} {row['ms']:9.3f} ms  {row['x_floor']:6.2f} x floor ({row['bound']})  {peers}", flush=True)
 
 
