@@ -1216,6 +1216,15 @@ def _step_kernel(
     tl.store(y + number * DV + n, out.to(y.dtype.element_ty), mask=n < DV)
 
 
+_FUNCTIONS = [function for function in globals().values() if getattr(function, "noinline", False)]
+
+
+def _call_or_inline(capability: int) -> None:
+    """From sm_100 on products are accumulated in tensor memory, which Triton (3.9) does not have in functions: all is inlined there."""
+    for function in _FUNCTIONS:
+        function.noinline = capability < 100
+
+
 def _padded(size: int) -> int:
     return max(16, next_power_of_2(size))
 
@@ -1225,6 +1234,7 @@ def _options(call, table: LaunchTable) -> dict[str, object]:
     # float32 takes twice the room of what the tables are made for.
     entry = max(_padded(dim), _padded(value_dim), call.chunk)
     launch = table.lookup(entry, call.capability)
+    _call_or_inline(call.capability)
     return {
         **launch.options(), "D": dim, "F": hidden, "DV": value_dim, "RESIDUAL": call.residual, "L2": call.loss == "l2",
         "CLAMP": call.max_grad_norm is not None, "HAS_POSITION": call.position is not None,
@@ -1294,6 +1304,7 @@ def mlp_step(call, y: Tensor, final: list[Tensor]) -> None:
 
 def mlp_specs(capability: int) -> Iterator[CompileSpec]:
     """Every launch-table entry at its largest sizes."""
+    _call_or_inline(capability)
     flags = {
         "RESIDUAL": True, "L2": True, "CLAMP": True, "HAS_POSITION": True, "HAS_FINAL": True, "VARLEN": True, "PRECISION": "tf32",
     }  # fmt: skip
