@@ -56,7 +56,8 @@ class NeuralMemory(nn.Module):
         conv_width: taps of a causal convolution after each of the q, k, v projections; 0 for none (SiLU stays).
         momentum, decay: the two terms of the update; off for ablations (Table 5).
         lr_max: largest step size.
-        lr_start, momentum_start, decay_start: sigmoids of the gates' biases at the start (lr_start is a share of lr_max).
+        lr_start, momentum_start, decay_start: sigmoids of the gates' biases at the start (lr_start is a share of lr_max); lr_start None for
+            1 / chunk_size.
         max_grad_norm: theta is lowered where the gradient of one token has a larger norm; None for no clamp.
         loss: "l2", or "dot" for `-<M(k), v>`.
         persistent: learned vectors that are written to the memory before the first token of every sequence (Eq. 19).
@@ -79,9 +80,9 @@ class NeuralMemory(nn.Module):
         momentum: bool = True,
         decay: bool = True,
         lr_max: float = 1.0,
-        lr_start: float = 0.1,
+        lr_start: float | None = None,
         momentum_start: float = 0.5,
-        decay_start: float = 0.01,
+        decay_start: float = 0.001,
         max_grad_norm: float | None = 1.0,
         loss: str = "l2",
         persistent: int = 0,
@@ -100,7 +101,7 @@ class NeuralMemory(nn.Module):
         self.convolutions = nn.ModuleDict(
             {name: ShortConvolution(width, conv_width, f"conv_{name}") for name in ("q", "k", "v")} if conv_width else {}
         )
-        self.lr_proj = Gate(hidden_size, num_heads, start=_logit(lr_start))
+        self.lr_proj = Gate(hidden_size, num_heads, start=_logit(first_step(chunk_size) if lr_start is None else lr_start))
         self.momentum_proj = Gate(hidden_size, num_heads, start=_logit(momentum_start)) if momentum else None
         self.decay_proj = Gate(hidden_size, num_heads, start=_logit(decay_start)) if decay else None
         sizes = [head_dim, *[expansion * head_dim] * (depth - 1), head_dim]
@@ -262,6 +263,11 @@ class NeuralMemory(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, layers={len(self.memory)}, chunk_size={self.chunk_size}, residual={self.residual}"
+
+
+def first_step(chunk_size: int) -> float:
+    """Where step sizes start: a chunk whose keys are all alike then takes one whole step; larger ones overshoot, chunk after chunk."""
+    return min(0.5, 1 / chunk_size)
 
 
 def _logit(share: float) -> float:

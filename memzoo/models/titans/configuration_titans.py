@@ -23,7 +23,8 @@ class TitansConfig(MemzooConfig):
         inner_loss: "l2" (the paper's) or "dot".
         momentum, decay: the two terms of the update; off for ablations.
         lr_max: largest step size*.
-        lr_start, momentum_start, decay_start: where the gates start*, lr_start as a share of lr_max; between 0 and 1.
+        lr_start, momentum_start, decay_start: where the gates start*, lr_start as a share of lr_max; between 0 and 1. lr_start None for
+            1 / chunk_size, with which a chunk of keys that are all alike takes one whole step.
         max_grad_norm: clamp of one token's inner gradient*; None for none, which diverges on long input.
         conv_width: taps of the convolutions after the memory's q, k, v projections* (4 in the follow-up papers); 0 for none.
         attention_conv_width: the same for attention's projections, without SiLU; None for conv_width.
@@ -50,9 +51,9 @@ class TitansConfig(MemzooConfig):
     momentum: bool = True
     decay: bool = True
     lr_max: float = 1.0
-    lr_start: float = 0.1
+    lr_start: float | None = None
     momentum_start: float = 0.5
-    decay_start: float = 0.01
+    decay_start: float = 0.001
     max_grad_norm: float | None = 1.0
     conv_width: int = 4
     attention_conv_width: int | None = None
@@ -72,6 +73,8 @@ class TitansConfig(MemzooConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.memory_layers is None:
             self.memory_layers = list(range(self.num_hidden_layers))
+        if self.lr_start is None and self.chunk_size >= 1:
+            self.lr_start = min(0.5, 1 / self.chunk_size)
         if self.attention_conv_width is None:
             self.attention_conv_width = self.conv_width
         if self.position_embedding is None:
@@ -95,7 +98,7 @@ class TitansConfig(MemzooConfig):
             self._require(0 <= getattr(self, name) <= 16, name, "0 to 16")
         self._require(self.lr_max > 0, "lr_max", "a number above 0")
         for name in ("lr_start", "momentum_start", "decay_start"):
-            self._require(0 < getattr(self, name) < 1, name, "a number between 0 and 1")
+            self._require(getattr(self, name) is not None and 0 < getattr(self, name) < 1, name, "a number between 0 and 1")
         self._require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "a number above 0, or None")
         layers = self.memory_layers
         self._require(
