@@ -2,7 +2,7 @@
 
     python -m memzoo.kernels.aot --targets 80,90,100 --only attention --json figures.json --markdown docs/kernels.md
 
-Exit status 1 if an entry does not compile, spills registers, or wants more shared memory than the target has. Needs Linux (Triton's
+Exit status 1 if an entry does not compile, spills registers (more than it is known to), or wants more shared memory than the target has. Needs Linux (Triton's
 wheel brings the assembler) and TRITON_INTERPRET unset; needs no GPU.
 """
 
@@ -67,6 +67,7 @@ def compile_one(spec: CompileSpec, capability: int) -> dict[str, object]:
         "stages": spec.num_stages,
         "registers": int(fields["REG"]),
         "spilled_bytes": int(fields["STACK"]),
+        "spill_limit": spec.spill_limit,
         "shared_bytes": compiled.metadata.shared,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", 0) or 0,
         "matrix_instructions": len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx)),
@@ -79,7 +80,7 @@ def faults(row: dict[str, object]) -> list[str]:
     found = []
     if row.get("error"):
         return [str(row["error"])]
-    if row["spilled_bytes"]:
+    if row["spilled_bytes"] > row.get("spill_limit", 0):
         found.append(f"spills {row['spilled_bytes']} bytes a thread")
     if row["shared_bytes"] > SHARED_MEMORY[capability]:
         found.append(f"wants {row['shared_bytes']} bytes of shared memory, {SHARED_MEMORY[capability]} fit")
@@ -102,7 +103,7 @@ HEADER = """# Kernels: what the compiler says of each, and where they have run
 
 Made by `python -m memzoo.kernels.aot --markdown docs/kernels.md` with Triton {version}; do not edit by hand. Every entry of every launch
 table is compiled for each target without a GPU, and `tests/test_compile.py` does the same in each test run: it must compile, spill
-nothing, and fit the target's shared memory. Registers are per thread; another Triton version gives somewhat other figures.
+nothing (or, where a kernel could not be made to fit, no more than its source says), and fit the target's shared memory. Registers are per thread; another Triton version gives somewhat other figures.
 
 ## Validated on
 

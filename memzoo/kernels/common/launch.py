@@ -66,7 +66,8 @@ class CompileSpec:
     """One launch-table entry as the compiler needs it, so that it can be compiled for any target on a machine without a GPU.
 
     `signature` maps run-time arguments to Triton types ("*bf16", "i32", "fp32"); `constants` maps constexpr arguments to values
-    (tile sizes included, and None for absent pointers); `divisible` names the integers that are multiples of 16 in practice.
+    (tile sizes included, and None for absent pointers); `divisible` names the integers that are multiples of 16 in practice; `spill_limit`
+    is what the entry is known to spill, in bytes a thread, where a kernel could not be made to fit the registers.
     """
 
     name: str
@@ -76,3 +77,4 @@ class CompileSpec:
     num_warps: int
     num_stages: int
     divisible: tuple[str, ...] = ()
+    spill_limit: int = 0
