@@ -11,12 +11,10 @@ The stories are generated here: people walk between rooms, pick things up, drop 
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 
+from .fit import fill
 from .haystack import Haystack
-from .niah import DoesNotFit, _largest_fit
 
 __all__ = ["TASKS", "make_babi", "make_story", "score_label"]
 
@@ -180,27 +178,22 @@ def make_babi(
     depths = np.sort(rng.random(len(story))).tolist()
     head, prefix = HEADER.format(labels=", ".join(labels)), "Answer:"
 
-    def build(units: int) -> str:
+    def build(units: int, tail: str) -> tuple[str, str]:
         # Facts that share the end of a sentence keep their order: `text` sorts by place only.
         places = [(haystack.place(start, units, depth), fact) for depth, fact in zip(depths, story)]
-        return f"{head}\n{haystack.text(start, units, places)}\nQuestion: {question}"
+        return f"{head}\n{haystack.text(start, units, places, tail)}\nQuestion: {question}", prefix
 
-    @cache
-    def measure(units: int) -> int:
-        return len(tokenizer(f"{build(units)} {prefix}").input_ids)
+    def following(units: int, tokens: int) -> str:
+        return haystack.following(start, units, tokens)
 
-    budget, shortest = length - answer_tokens, measure(1)
-    if shortest > budget:
-        raise DoesNotFit(f"{task}: length {length} is too short for the story, needs at least {shortest + answer_tokens}")
-    units = _largest_fit(measure, haystack.units_within(start, budget - shortest), budget)
+    def guess(tokens: int) -> int:
+        return haystack.units_within(start, tokens)
+
     return {
-        "input": build(units),
-        "gen_prefix": prefix,
+        **fill(task, build, following, tokenizer, length, answer_tokens, guess=guess, frame="story"),
         "outputs": [answer],
         "labels": list(labels),
         "facts": story,
-        "length": length,
-        "tokens": measure(units),
         "chance": 1.0 / len(labels),
     }
 

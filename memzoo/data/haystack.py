@@ -67,6 +67,10 @@ class Haystack:
         rounds, rest = divmod(tokens + self._cost[start], self._cost[-1])
         return int(rounds) * len(self.units) + int(np.searchsorted(self._cost, rest, side="right")) - 1 - start
 
+    def following(self, start: int, units: int, tokens: int) -> str:
+        """What comes after `units` units from `start` on, at least `tokens` tokens of it."""
+        return self.text((start + units) % len(self.units), tokens)
+
     def place(self, start: int, units: int, depth: float) -> int:
         """How many of `units` units from `start` on come before a needle at `depth`: the end of a sentence nearest to depth * units."""
         if len(self.units) == 1:
@@ -80,13 +84,19 @@ class Haystack:
             ends.add(int((rounds + turn) * len(self.units) + self.sentences[index] - start))
         return min((end for end in sorted(ends) if 0 <= end <= units), key=lambda end: abs(end - depth * units))
 
-    def text(self, start: int, units: int, inserts: Sequence[tuple[int, str]] = ()) -> str:
-        """`units` units from `start` on as text, with each (position, sentence) inserted before the unit at that position."""
+    def text(self, start: int, units: int, inserts: Sequence[tuple[int, str]] = (), tail: str = "") -> str:
+        """`units` units from `start` on and `tail` as text, with each (position, sentence) inserted before the unit at that position.
+
+        What is inserted at the end comes after the tail.
+        """
         count = len(self.units)
         chosen = self.units[start : start + units]
         if len(chosen) < units:
             rounds, rest = divmod(units - len(chosen), count)
             chosen = chosen + self.units * rounds + self.units[:rest]
+        if tail:
+            chosen = [*chosen, tail]
+            inserts = [(position + (position == units), sentence) for position, sentence in inserts]
         parts, last = [], 0
         for position, sentence in sorted(inserts, key=lambda insert: insert[0]):
             parts += chosen[last:position]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 
+from .fit import DoesNotFit, cut
 from .haystack import Haystack
-from .niah import DoesNotFit
 
 __all__ = ["bucket_edges", "make_held_out"]
 
@@ -21,7 +23,7 @@ def bucket_edges(length: int, first: int = 128) -> list[int]:
 
 
 def make_held_out(tokenizer, length: int, rng: np.random.Generator, *, first_bucket: int = 128, split: str = "test") -> dict:
-    """`length` tokens of running prose from a random sentence on, cut at the starts of words nearest after each bucket's edge.
+    """`length` tokens of running prose from a random sentence on, or one less; buckets are cut at the start of the next word.
 
     Args:
         length: tokens of the document.
@@ -48,20 +50,22 @@ def make_held_out(tokenizer, length: int, rng: np.random.Generator, *, first_buc
     start = int(starts[rng.integers(len(starts))])
     units = min(haystack.units_within(start, need) + 1, len(haystack.units) - start)
     text = haystack.text(start, units)
+    tokens = len(tokenizer(text, add_special_tokens=False).input_ids)
+    if tokens < length:
+        raise DoesNotFit(f"ppl_by_length: only {tokens} of {length} tokens of prose were found from word {start} on")
+    text = cut(tokenizer, text, length, lambda piece: length - len(tokenizer(piece, add_special_tokens=False).input_ids))
     encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     begins = np.array([begin for begin, _ in encoding["offset_mapping"]])
-    if len(begins) < length:
-        raise DoesNotFit(f"ppl_by_length: only {len(begins)} of {length} tokens of prose were found from word {start} on")
     cuts, edges = [0], [0]
-    for edge in bucket_edges(length, first_bucket)[1:]:
-        # A word's first token starts at its space, or after it, as the tokenizer has it.
-        at = edge
-        while at < len(begins) and not (text[begins[at]] == " " or text[max(begins[at] - 1, 0)] == " "):
-            at += 1
-        cut = int(begins[at]) if at < len(begins) else len(text)
-        cuts.append(cut - 1 if text[cut - 1 : cut] == " " else cut)
+    for edge in bucket_edges(length, first_bucket)[1:-1]:
+        # A word's first token starts at its space, or after it, as the tokenizer has it. The text's last word may start before the edge.
+        near = chain(range(edge, len(begins)), range(min(edge, len(begins)) - 1, 0, -1))
+        at = next((i for i in near if text[begins[i]] == " " or text[begins[i] - 1] == " "), len(begins))
+        end = int(begins[at]) if at < len(begins) else len(text)
+        cuts.append(end - 1 if text[end - 1 : end] == " " else end)
         edges.append(at)
-    text = text[: cuts[-1]]
+    cuts.append(len(text))
+    edges.append(len(begins))
     return {
         "input": text,
         "gen_prefix": "",

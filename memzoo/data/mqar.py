@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .niah import DoesNotFit
+from .fit import DoesNotFit
 from .symbols import single_token_words, written
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ words, as lm-eval has them.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
+from .fit import fill
 from .haystack import Haystack
 from .words import ADJECTIVES, NOUNS
 
@@ -77,10 +77,6 @@ FORMATS = {
     "niah_multivalue": Format("essay", "numbers", 64, values_per_key=4),
     "niah_multiquery": Format("essay", "numbers", 64, keys=4, queries=4),
 }
-
-
-class DoesNotFit(ValueError):
-    """A length, or a tokenizer, that a task cannot be made with; the message says what it needs."""
 
 
 @dataclass(frozen=True)
@@ -190,20 +186,6 @@ def prompt_several(values: str, keys: Sequence[str], context: str) -> tuple[str,
     return f"{HEADERS.format(**names)}\n{context}\n{QUESTIONS.format(**names)}", PREFIXES.format(**names)
 
 
-def _largest_fit(measure: Callable[[int], int], guess: int, limit: int) -> int:
-    """The largest n >= 1 with measure(n) <= limit, where measure grows with n and measure(1) <= limit, looked for near `guess`."""
-    low, step = max(guess, 1), 1
-    while low > 1 and measure(low) > limit:
-        low, step = max(low - step, 1), 2 * step
-    high, step = low + 1, 1
-    while measure(high) <= limit:
-        low, high, step = high, high + step, 2 * step
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if measure(middle) <= limit else (low, middle)
-    return low
-
-
 def make_sample(
     task: str,
     tokenizer,
@@ -216,7 +198,7 @@ def make_sample(
     split: str = "test",
     answer_tokens: int | None = None,
 ) -> dict:
-    """One sample of at most `length` tokens with its needle at `depth`.
+    """One sample of `length` tokens, or one less, with its needle at `depth`.
 
     Args:
         task: a name in FORMATS.
@@ -232,8 +214,8 @@ def make_sample(
 
     Returns:
         input (prompt without the answer's prefix), gen_prefix, outputs (list of the values), length (as asked), tokens (prompt and
-        prefix, as counted), depth (as asked; None with several answers), key, value. The real length is within one word (one line of
-        noise, one needle) of `length`.
+        prefix, as counted), depth (as asked; None with several answers), key, value. What no whole unit of haystack fits in is filled with
+        the start of the next one: of a word, of a line of noise, of a needle without its value.
 
     Raises:
         ValueError: an unknown task, a depth outside 0 to 1, a difficulty out of range, or a length too short for the template, with
@@ -266,42 +248,37 @@ def make_sample(
         depths[1:] = rng.random(len(needles) - 1).tolist()
     others: list[str] = []  # the lines of a haystack of needles, drawn as they are needed
 
-    def context(units: int) -> str:
-        if haystack is not None:
-            places = [(haystack.place(start, units, d), needle.sentence) for d, needle in zip(depths, needles)]
-            return haystack.text(start, units, places)
-        while len(others) < units:
+    def lines(count: int) -> list[str]:
+        while len(others) < count:
             key, value = _draw(form, rng, value_digits, key_words)
             if key != needles[0].key and value != needles[0].value:
                 others.append(Needle(key, value, form.values).sentence)
-        place = round(depth * units)
-        return "\n".join([*others[:place], needles[0].sentence, *others[place:units]])
+        return others[:count]
 
-    @cache
-    def build(units: int) -> tuple[str, str]:
+    def context(units: int, tail: str) -> str:
+        if haystack is not None:
+            places = [(haystack.place(start, units, d), needle.sentence) for d, needle in zip(depths, needles)]
+            return haystack.text(start, units, places, tail)
+        place, shown = round(depth * units), [*lines(units), tail] if tail else lines(units)
+        place += bool(tail) and place == units
+        return "\n".join([*shown[:place], needles[0].sentence, *shown[place:]])
+
+    def following(units: int, tokens: int) -> str:
+        if haystack is not None:
+            return haystack.following(start, units, tokens)
+        # A value is less than half of a line, so two lines without are more than one with.
+        return "\n".join(line.rpartition(" ")[0] for line in lines(units + 2)[units:])
+
+    def build(units: int, tail: str) -> tuple[str, str]:
         if form.answers == 1:
-            return prompt(needles[0], context(units)), needles[0].prefix
+            return prompt(needles[0], context(units, tail)), needles[0].prefix
         keys = [needle.key for needle in asked] if form.queries > 1 else [needles[0].key]
-        return prompt_several(form.values, keys, context(units))
+        return prompt_several(form.values, keys, context(units, tail))
 
-    @cache
-    def measure(units: int) -> int:
-        return len(tokenizer(" ".join(build(units))).input_ids)
-
-    shortest = measure(1)
-    if shortest > budget:
-        raise DoesNotFit(f"{task}: length {length} is too short for the template, needs at least {shortest + reserve}")
-    spare = budget - shortest
-    # The first ten lines of needles say what a line costs, in tens so that rounding does not matter.
-    guess = haystack.units_within(start, spare) if haystack is not None else spare * 10 // max(measure(11) - shortest, 1)
-    units = _largest_fit(measure, guess, budget)
-    text, prefix = build(units)
+    guess = None if haystack is None else lambda tokens: haystack.units_within(start, tokens)
     return {
-        "input": text,
-        "gen_prefix": prefix,
+        **fill(task, build, following, tokenizer, length, reserve, guess=guess),
         "outputs": [needle.value for needle in asked],
-        "length": length,
-        "tokens": measure(units),
         "depth": float(depth) if form.answers == 1 else None,
         "key": ", ".join(dict.fromkeys(needle.key for needle in asked)),
         "value": ", ".join(needle.value for needle in asked),

@@ -7,14 +7,14 @@ three most frequent made-up words of a text whose word counts follow a power law
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from string import ascii_lowercase, ascii_uppercase
 
 import numpy as np
 
+from .fit import fill, most_units
 from .haystack import NOISE
-from .niah import DoesNotFit, _largest_fit
 from .text import prose
 
 __all__ = ["cwe_prompt", "fwe_prompt", "make_cwe", "make_fwe", "make_vt", "vt_context", "vt_example", "vt_prompt"]
@@ -130,19 +130,22 @@ def make_vt(
             lambda noises: vt_example(context(noises, [chains], [_chain(example_names, values[-1])]), values[-1], example_names)
         )
         limit = min(EXAMPLE_TOKENS, length // 4)
-        fit = _fit(lambda noises: len(tokenizer(made(noises + least - 1)).input_ids), limit, at_least_one=True)
-        shown = made(fit + least - 1) + "\n\n"
+        fit = most_units(cache(lambda noises: len(tokenizer(made(noises + least - 1)).input_ids)), limit)
+        shown = made(max(fit, 1) + least - 1) + "\n\n"
 
-    def build(units: int) -> tuple[str, str]:
-        text, prefix = vt_prompt(context(units + least - 1, range(chains), statements), values[0], hops + 1)
+    def build(units: int, tail: str) -> tuple[str, str]:
+        text, prefix = vt_prompt(context(units + least - 1, range(chains), statements) + tail, values[0], hops + 1)
         return shown + text, prefix
 
-    return _sized("vt", build, tokenizer, length, answer_tokens, names[0])
+    def following(units: int, tokens: int) -> str:
+        return f" {NOISE}\n" * (tokens // NOISE.count(" ") + 1)
+
+    return {**fill("vt", build, following, tokenizer, length, answer_tokens), "outputs": names[0]}
 
 
-def cwe_prompt(words: Sequence[str], count: int = 10) -> tuple[str, str]:
-    """Input and answer's prefix of the common words of a list."""
-    context = " ".join(f"{number}. {word}" for number, word in enumerate(words, 1))
+def cwe_prompt(words: Sequence[str], count: int = 10, tail: str = "") -> tuple[str, str]:
+    """Input and answer's prefix of the common words of a list, with `tail` after its last word."""
+    context = " ".join(f"{number}. {word}" for number, word in enumerate(words, 1)) + tail
     return CWE_TEMPLATE.format(context=context, count=count), CWE_PREFIX.format(count=count)
 
 
@@ -171,21 +174,29 @@ def make_cwe(
     """
     repeats = (30 if length >= 4096 else 6) if repeats is None else repeats
     rare_repeats = (3 if length >= 4096 else 1) if rare_repeats is None else rare_repeats
-    if common_words < 1 or not 1 <= rare_repeats < repeats:
-        raise ValueError(
-            f"cwe: common_words is {common_words}, repeats {repeats} and rare_repeats {rare_repeats}; needs common_words of 1 or more and "
-            "repeats above rare_repeats"
-        )
     words = list_words()
+    if not 1 <= common_words < len(words) or not 1 <= rare_repeats < repeats:
+        raise ValueError(
+            f"cwe: common_words is {common_words}, repeats {repeats} and rare_repeats {rare_repeats}; needs common_words of 1 to "
+            f"{len(words) - 1} and repeats above rare_repeats"
+        )
     drawn = [words[i] for i in rng.permutation(len(words))]
     seed = int(rng.integers(2**31))
-    common = drawn[:common_words]
+    common, rare = drawn[:common_words], drawn[common_words:]
 
-    def build(units: int) -> tuple[str, str]:
-        listed = common * repeats + drawn[common_words : common_words + units] * rare_repeats
-        return cwe_prompt([listed[i] for i in np.random.default_rng(seed).permutation(len(listed))], common_words)
+    def build(units: int, tail: str) -> tuple[str, str]:
+        while len(rare) < units:  # the list has more words than there are: two of them make another
+            rounds, index = divmod(len(rare), len(drawn) - common_words)
+            rare.append(f"{rare[index]}-{rare[index + rounds]}")
+        listed = common * repeats + rare[:units] * rare_repeats
+        return cwe_prompt([listed[i] for i in np.random.default_rng(seed).permutation(len(listed))], common_words, tail)
 
-    return _sized("cwe", build, tokenizer, length, answer_tokens, common, len(drawn) - common_words, "\n\n")
+    def following(units: int, tokens: int) -> str:
+        """Numbers without words, as another word, or a piece of one, could be among the words that count."""
+        last = common_words * repeats + units * rare_repeats
+        return "".join(f" {last + number}." for number in range(1, tokens + 1))
+
+    return {**fill("cwe", build, following, tokenizer, length, answer_tokens, delimiter="\n\n"), "outputs": common}
 
 
 def fwe_prompt(words: Sequence[str]) -> tuple[str, str]:
@@ -220,44 +231,13 @@ def make_fwe(
     while len(set(counts(1)[1:5].tolist())) < 4:  # the three and the next one are told apart by their counts
         least += 1
 
-    def build(units: int) -> tuple[str, str]:
+    def build(units: int, tail: str) -> tuple[str, str]:
         said = [word for word, count in zip(vocabulary, counts(units)) for _ in range(count)]
-        return fwe_prompt([said[i] for i in np.random.default_rng(seed).permutation(len(said))])
+        order = np.random.default_rng(seed).permutation(len(said))
+        return fwe_prompt([*(said[i] for i in order), *([tail] if tail else [])])
 
-    return _sized("fwe", build, tokenizer, length, answer_tokens, vocabulary[1:4])
+    def following(units: int, tokens: int) -> str:
+        """Dots, which do not count."""
+        return " ".join(["..."] * tokens)
 
-
-def _fit(measure: Callable[[int], int], limit: int, most: int | None = None, at_least_one: bool = False) -> int:
-    """The largest n from 1 on with measure(n) <= limit; 0 (or 1 with `at_least_one`) if there is none."""
-    measure = cache(measure)
-    if measure(1) > limit:
-        return int(at_least_one)
-    cost = max((measure(11) - measure(1)) / 10, 0.1)
-    guess = int((limit - measure(1)) / cost)
-    if most is not None:
-        guess = min(guess, most)
-        if measure(most) <= limit:
-            return most
-    return _largest_fit(measure, guess, limit)
-
-
-def _sized(
-    task: str,
-    build: Callable[[int], tuple[str, str]],
-    tokenizer,
-    length: int,
-    reserve: int,
-    outputs: Sequence[str],
-    most: int | None = None,
-    delimiter: str = " ",
-) -> dict:
-    """The longest sample of `build`, which takes the number of units and gives input and prefix, that leaves `reserve` tokens free."""
-
-    def measure(units: int) -> int:
-        return len(tokenizer(delimiter.join(build(units))).input_ids)
-
-    units = _fit(measure, length - reserve, most)
-    if not units:
-        raise DoesNotFit(f"{task}: length {length} is too short for the template, needs at least {measure(1) + reserve}")
-    text, prefix = build(units)
-    return {"input": text, "gen_prefix": prefix, "outputs": list(outputs), "length": length, "tokens": measure(units)}
+    return {**fill("fwe", build, following, tokenizer, length, answer_tokens), "outputs": vocabulary[1:4]}

@@ -16,7 +16,7 @@ import weakref
 
 import numpy as np
 
-from .niah import DoesNotFit
+from .fit import DoesNotFit
 
 __all__ = ["make_copy", "make_denoise", "make_selective_copy", "make_transfer", "single_token_words"]
 

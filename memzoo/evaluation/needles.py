@@ -164,13 +164,15 @@ def heat_map(results: dict | Sequence[dict], path: str | Path) -> None:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
+    from ..report.style import HEAT, ink_on
+
     results = [results] if isinstance(results, dict) else list(results)
     if not results:
         raise ValueError("heat_map: there are no results to draw")
     widest, deepest = max(len(r["lengths"]) for r in results), max(len({c["depth"] for c in r["cells"]}) for r in results)
     columns = min(len(results), 2 if widest <= 8 else 1)
     rows = -(-len(results) // columns)
-    colours = LinearSegmentedColormap.from_list("memzoo", ["#8c2d3a", "#e3a15f", "#f4ecc8", "#8fbf9b", "#1f6f5c"])
+    colours = LinearSegmentedColormap.from_list("memzoo", HEAT)
     width, height = max(0.72 * widest + 1.5, 4.2), max(0.5 * deepest + 1.7, 3.0)
     figure = Figure(figsize=(columns * width + 1.0, rows * height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -185,8 +187,8 @@ def heat_map(results: dict | Sequence[dict], path: str | Path) -> None:
         for i, line in enumerate(grid):
             for j, value in enumerate(line):
                 if value == value:
-                    ink = "white" if value < 0.15 or value > 0.85 else "#222222"
-                    panel.text(j, i, f"{value:.2f}".replace("1.00", "1.0"), ha="center", va="center", fontsize=8, color=ink)
+                    shown, ink = f"{value:.2f}".replace("1.00", "1.0"), ink_on(colours(value)[:3])
+                    panel.text(j, i, shown, ha="center", va="center", fontsize=8, color=ink)
         panel.set_xticks(range(len(lengths)), [_short(n) for n in lengths])
         panel.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
         panel.set_xticks([x - 0.5 for x in range(1, len(lengths))], minor=True)

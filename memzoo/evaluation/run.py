@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ..data.niah import DoesNotFit
+from ..data.fit import DoesNotFit
 from ..data.tasks import DEPTHS, SuiteTask, documents, find_tasks, requests_of
 from .common import (
     check_place,
