@@ -92,7 +92,7 @@ def test_equals_the_definition_with_all_gradients(name, monkeypatch):
 
 @every_model
 def test_triton_kernels_equal_the_definition(name, monkeypatch):
-    model = zoo.model(name, scale=3.0, num_hidden_layers=1)
+    model = zoo.model(name, scale=3.0, num_hidden_layers=1, **zoo.for_triton(name))
     ids = tokens(1, 19)
     monkeypatch.setenv("MEMZOO_KERNELS", "reference")
     expected = model.double()(ids, labels=ids, use_cache=False)
@@ -110,7 +110,8 @@ def test_triton_kernels_equal_the_definition(name, monkeypatch):
 def test_prefill_and_decode_equal_one_pass(name, kernels, monkeypatch):
     monkeypatch.setenv("MEMZOO_KERNELS", kernels)
     interpreted = kernels == "triton"  # slow: one layer, and one split that has every kind of call
-    model = zoo.model(name, scale=3.0, num_hidden_layers=1 if interpreted else 2)
+    changes = {"num_hidden_layers": 1, **zoo.for_triton(name)} if interpreted else {}
+    model = zoo.model(name, scale=3.0, **changes)
     length = 9
     ids = tokens(2, length)
     splits = [[4, 1, 3, 1]] if interpreted else [[1] * length, [4, 1, 3, 1], [length - 1, 1], [1, length - 1]]
@@ -150,7 +151,8 @@ def test_padding_changes_nothing(name):
 def test_padded_prompts_decode_as_if_alone(name, kernels, monkeypatch):
     monkeypatch.setenv("MEMZOO_KERNELS", kernels)
     interpreted = kernels == "triton"  # slow: one layer, and the one prefill that meets pads in the middle of a sequence's cache
-    model = zoo.model(name, scale=3.0, num_hidden_layers=1 if interpreted else 2)
+    changes = {"num_hidden_layers": 1, **zoo.for_triton(name)} if interpreted else {}
+    model = zoo.model(name, scale=3.0, **changes)
     rows = [tokens(1, n + 4, seed=n)[0] for n in (3, 7, 1)]
     with torch.no_grad():
         alone = [model(row[None], use_cache=False).logits[0] for row in rows]
@@ -232,7 +234,7 @@ def test_state_bytes_are_what_is_held(name):
 @every_model
 @pytest.mark.gpu
 def test_gpu_bfloat16_model_is_near_its_float32_self(name):
-    model = zoo.model(name, scale=2.0, hidden_size=256, head_dim=64, num_attention_heads=4).cuda()
+    model = zoo.model(name, scale=2.0, hidden_size=256, head_dim=64, num_attention_heads=4, **zoo.for_triton(name)).cuda()
     ids = tokens(2, 1031).cuda()
     with torch.no_grad():
         exact = model(ids, use_cache=False).logits.float()

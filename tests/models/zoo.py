@@ -74,6 +74,11 @@ def model(name, dtype=torch.float32, scale=6.0, **overrides):
     return built
 
 
+def for_triton(name):
+    """What a configuration needs to run on the kernels: they take chunks of 16 tokens and more."""
+    return {"chunk_size": 16} if hasattr(config(name), "chunk_size") else {}
+
+
 def covered_model_types():
     return {config(name).model_type for name in NAMES}
 
