@@ -1,62 +1,22 @@
-"""The training and evaluation examples of a run, whatever they come from, and how examples become a batch."""
+"""The training and evaluation examples that a run's settings name, whatever they come from."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
+from .batches import Data
 from .errors import BadInput
-from .order import BatchSampler, Order
+from .needles import load_needles
 from .settings import Settings
 
-
-@dataclasses.dataclass
-class Data:
-    """Examples and how to batch them. `endless` examples are generated: each is seen once, in order."""
-
-    train: Dataset
-    evaluation: Dataset | None
-    collate: Callable[[list[Any]], dict[str, Any]]
-    endless: bool
-    about: str
-
-    def train_loader(self, settings: Settings, start: int, rank: int, processes: int) -> DataLoader:
-        """This process's batches from optimizer step `start` on, `gradient_accumulation` of them a step."""
-        order = Order(len(self.train), settings.seed, shuffle=not self.endless)
-        sampler = BatchSampler(order, start, settings.steps, settings.batch_size, settings.gradient_accumulation, rank, processes)
-        return self._loader(self.train, sampler, settings.workers)
-
-    def evaluation_loader(self, settings: Settings, rank: int, processes: int) -> tuple[DataLoader, int]:
-        """Batches of held-out examples, as many in every process, and how many of them count: each example in one process only."""
-        count = min(len(self.evaluation), settings.eval_examples)
-
-        def share(rank: int) -> list[list[int]]:
-            mine = range(rank, count, processes)
-            return [list(mine[i : i + settings.batch_size]) for i in range(0, len(mine), settings.batch_size)]
-
-        mine = share(rank)
-        return self._loader(self.evaluation, mine + [[0]] * (len(share(0)) - len(mine)), 0), len(mine)
-
-    def _loader(self, examples: Dataset, batches: Any, workers: int) -> DataLoader:
-        return DataLoader(
-            examples,
-            batch_sampler=batches,
-            collate_fn=self.collate,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # its own: the global generator's state stays that of the model
-        )
+__all__ = ["Data", "load_data"]
 
 
 def load_data(settings: Settings, tokenizer: Any) -> Data:
     """The data that `--dataset` names; raises BadInput if it is missing, empty, or too short for one sequence."""
     if settings.dataset == "needles":
-        from .needles import load_needles
-
         return load_needles(settings, tokenizer)
     if settings.needles or settings.text_loss:
         raise BadInput("--needles and --text_loss are for --dataset needles")

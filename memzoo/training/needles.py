@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from memzoo.data import NeedleDocuments
 
-from .data import Data
+from .batches import Data
 from .errors import BadInput, close_names, refusing
 from .loss import IGNORED
 from .settings import Settings
