@@ -187,7 +187,7 @@ def heat_map(results: dict | Sequence[dict], path: str | Path) -> None:
         for i, line in enumerate(grid):
             for j, value in enumerate(line):
                 if value == value:
-                    shown, ink = f"{value:.2f}".replace("1.00", "1.0"), ink_on(colours(value)[:3])
+                    shown, ink = f"{value:.2f}".replace("1.00", "1.0"), ink_on(colours(float(value))[:3])
                     panel.text(j, i, shown, ha="center", va="center", fontsize=8, color=ink)
         panel.set_xticks(range(len(lengths)), [_short(n) for n in lengths])
         panel.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
