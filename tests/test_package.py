@@ -233,3 +233,12 @@ def test_setup_says_which_step_failed(tmp_path):
     done = subprocess.run(["bash", str(ROOT / "scripts" / "setup.sh")], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert "out of space" in done.stderr and "failed at: virtual environment (the whole log: " in done.stderr
+
+
+def test_every_memory_is_at_hand_and_a_neural_memory_needs_no_transformers():
+    import memzoo.layers
+
+    for name in memzoo.layers.__all__:
+        assert getattr(memzoo.layers, name).__name__ == name
+    done = run_python("import sys; from memzoo.layers import NeuralMemory; print('transformers' in sys.modules)", path=ROOT)
+    assert done.stdout.strip() == "False", done.stderr

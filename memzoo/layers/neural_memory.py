@@ -35,8 +35,7 @@ class NeuralMemory(nn.Module):
     It stands alone in anybody's model; with a state it goes on where the last call ended, whatever the split:
 
     >>> import torch
-    >>> from memzoo.layers.neural_memory import NeuralMemory
-    >>> from memzoo.layers.state import LayerState
+    >>> from memzoo.layers import LayerState, NeuralMemory
     >>> memory = NeuralMemory(hidden_size=64, num_heads=2, head_dim=32, chunk_size=16)
     >>> x = torch.randn(1, 40, 64)
     >>> y = x + memory(x)                                 # a residual branch, trained as any other module
