@@ -133,11 +133,13 @@ def _check_network(suites: Sequence[str]) -> None:
 
     A machine that is set to be offline may have them, and behind a proxy the hub cannot be asked this way: lm-eval will tell.
     """
+    from huggingface_hub.constants import ENDPOINT
+
     if any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
         return
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return
-    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or "huggingface.co"
+    host = urlparse(ENDPOINT).hostname
     try:
         socket.create_connection((host, 443), timeout=10).close()
     except OSError as error:
