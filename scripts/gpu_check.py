@@ -75,9 +75,13 @@ def run_file(path: Path, deadline: float) -> dict[str, object]:
 
 
 def group(result: dict[str, object]) -> str:
-    """The operator that a test file is about, or "models"."""
+    """The operator that a test file is about (test_<operator>.py, or test_<operator>_<part>.py), or "models"."""
     path = Path(str(result["file"]))
-    return path.stem.removeprefix("test_") if path.parent.name == "kernels" else "models"
+    if path.parent.name != "kernels":
+        return "models"
+    name = path.stem.removeprefix("test_")
+    operators = [path.parent.name for path in (ROOT / "memzoo" / "kernels").glob("*/kernel.py")]
+    return next((operator for operator in operators if name.startswith(operator + "_")), name)
 
 
 def verdicts(results: list[dict[str, object]]) -> dict[str, str]:

@@ -57,10 +57,11 @@ def test_gpu_tests_are_collected_without_what_a_gpu_machine_lacks():
     """Test files of kernels and models import neither datasets nor lm-eval, nor the packages that only the demo and training need."""
     absent = ("datasets", "lm_eval", "wonderwords", "nltk", "tensorboard", "rich", "matplotlib", "yaml")
     block = f"import sys\nfor name in {absent}: sys.modules[name] = None\nimport pytest\nsys.exit(pytest.main(sys.argv[1:]))"
-    files = load("gpu_check").test_files()
+    check = load("gpu_check")
+    files = check.test_files()
     done = run(sys.executable, "-c", block, "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    covered = {path.stem.removeprefix("test_") for path in files if path.parent.name == "kernels"}
+    covered = {check.group({"file": path}) for path in files}
     folders = {path.parent.name for path in (ROOT / "memzoo" / "kernels").glob("*/kernel.py")}
     assert covered >= folders, f"no gpu test for {sorted(folders - covered)}"
     assert any(path.parent.name == "models" for path in files)

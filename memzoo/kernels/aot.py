@@ -2,8 +2,8 @@
 
     python -m memzoo.kernels.aot --targets 80,90,100 --only attention --json figures.json --markdown docs/kernels.md
 
-Exit status 1 if an entry does not compile, spills registers (more than it is known to), or wants more shared memory than the target has. Needs Linux (Triton's
-wheel brings the assembler) and TRITON_INTERPRET unset; needs no GPU.
+Exit status 1 if an entry does not compile, spills registers (more than it is known to), or wants more shared memory than the target
+has. Needs Linux (Triton's wheel brings the assembler) and TRITON_INTERPRET unset; needs no GPU.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ HEADER = """# Kernels: what the compiler says of each, and where they have run
 
 Made by `python -m memzoo.kernels.aot --markdown docs/kernels.md` with Triton {version}; do not edit by hand. Every entry of every launch
 table is compiled for each target without a GPU, and `tests/test_compile.py` does the same in each test run: it must compile, spill
-nothing (or, where a kernel could not be made to fit, no more than its source says), and fit the target's shared memory. Registers are per thread; another Triton version gives somewhat other figures.
+nothing (or, where a kernel could not be made to fit, no more than its source says), and fit the target's shared memory. Registers are
+per thread; another Triton version gives somewhat other figures.
 
 ## Validated on
 

@@ -48,8 +48,8 @@ def check_triton(q: Tensor, v: Tensor, weights: Sequence[Tensor], chunk_size: in
 class Call:
     """What every launch of one call shares.
 
-    `memory` is the weights of each layer, [H, Din, Dout], or, with `position` [N], a state: weights, momentum and start of each layer, float32
-    [N, H, Din, Dout]. Depth 1 has one layer [D, Dv], depth 2 has [D, F] and [F, Dv].
+    `memory` is the weights of each layer, [H, Din, Dout], or, with `position` [N], a state: weights, momentum and start of each layer,
+    float32 [N, H, Din, Dout]. Depth 1 has one layer [D, Dv], depth 2 has [D, F] and [F, Dv].
     `every` (m above): the state before chunk m j of sequence n, j >= 1, is boundaries[slot_starts[n] + j - 1, head], laid out
     layer by layer as W then S. `programs` is a multiple of H unless there are fewer (sequence, head)s: a program keeps to one head.
     """
