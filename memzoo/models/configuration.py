@@ -84,6 +84,7 @@ class MemzooConfig(PreTrainedConfig):
         """Wrong types of numbers and switches first, so that no comparison fails with an error that names no field."""
         for name, field in type(self).__dataclass_fields__.items():
             kinds = {"int": int, "int | None": (int, type(None)), "bool": bool, "bool | None": (bool, type(None)), "str": str}
+            kinds |= {"float": (int, float), "float | None": (int, float, type(None))}
             kind = kinds.get(str(field.type))
             value = getattr(self, name)
             if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and "bool" not in str(field.type))):

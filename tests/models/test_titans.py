@@ -594,3 +594,11 @@ def test_watching_needs_a_memory_and_one_text():
     with watch(model) as memories:
         model(tokens(5))
     assert all(memory.observed is not None for memory in memories.values())
+
+
+@pytest.mark.parametrize("field", ["lr_max", "momentum_start", "decay_start"])
+def test_a_number_that_is_none_is_refused_by_its_name(field):
+    from memzoo import preset
+
+    with pytest.raises(TypeError, match=f"{field} is None, needs float"):
+        preset("titans-lmm-tiny", **{field: None})

@@ -73,8 +73,6 @@ class TitansConfig(MemzooConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.memory_layers is None:
             self.memory_layers = list(range(self.num_hidden_layers))
-        if self.lr_start is None and self.chunk_size >= 1:
-            self.lr_start = min(0.5, 1 / self.chunk_size)
         if self.attention_conv_width is None:
             self.attention_conv_width = self.conv_width
         if self.position_embedding is None:
@@ -98,7 +96,8 @@ class TitansConfig(MemzooConfig):
             self._require(0 <= getattr(self, name) <= 16, name, "0 to 16")
         self._require(self.lr_max > 0, "lr_max", "a number above 0")
         for name in ("lr_start", "momentum_start", "decay_start"):
-            self._require(getattr(self, name) is not None and 0 < getattr(self, name) < 1, name, "a number between 0 and 1")
+            start = getattr(self, name)
+            self._require((start is None and name == "lr_start") or 0 < start < 1, name, "a number between 0 and 1")
         self._require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "a number above 0, or None")
         layers = self.memory_layers
         self._require(
