@@ -1,0 +1,108 @@
+"""Argument checks that the operators with a cache share: options of the cache, and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..common.checks import check_device, check_dim, check_float, check_head_dim, check_shape
+from .routing import blocks_of
+from .state import AGGREGATIONS, LOG, ROUTINGS, Caching, MemoryCachingState, map_tensors
+
+MAX_TOP_K = 16
+
+
+def check_caching(
+    op: str,
+    segment_length,
+    aggregation,
+    top_k,
+    restart,
+    routing,
+    like: Tensor,
+    u: Tensor | None,
+    keys: Tensor | None,
+    state,
+    keep: bool,
+) -> tuple[Caching, Tensor | None]:
+    """(the options of the cache, what its descriptors pool or None); `like` is [B, T, H, ...]."""
+    if segment_length != LOG and (isinstance(segment_length, bool) or not isinstance(segment_length, int) or segment_length < 1):
+        raise ValueError(f"{op}: segment_length is {segment_length!r}, needs an integer of at least 1, or 'log'")
+    for name, value, known in (("aggregation", aggregation, AGGREGATIONS), ("routing", routing, ROUTINGS)):
+        if value not in known:
+            raise ValueError(f"{op}: {name} is {value!r}, needs one of {', '.join(known)}")
+    if aggregation == "sparse":
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
+            raise ValueError(f"{op}: top_k is {top_k!r}, needs an integer from 1 to {MAX_TOP_K} with aggregation 'sparse'")
+    elif top_k is not None:
+        raise ValueError(f"{op}: top_k is {top_k!r}, needs None with aggregation {aggregation!r} ('sparse' has it)")
+    if segment_length == LOG and (state is not None or keep):
+        raise ValueError(f"{op}: segment_length 'log' knows no state between calls: its segments depend on the whole length")
+    caching = Caching(segment_length, aggregation, top_k, bool(restart), routing)
+    if not caching.scored:
+        return caching, None
+    if u is None:
+        raise ValueError(f"{op}: u is None, needs connectors [B, T, H, R] with aggregation {aggregation!r}")
+    check_dim(op, "u", u, 4, "[B, T, H, R]")
+    check_shape(op, "u", u, (*like.shape[:3], u.shape[3]), "[B, T, H, R]")
+    check_head_dim(op, "u", u.shape[3])
+    check_shape(op, "routing_keys", keys, u.shape, "[B, T, H, R] as u")
+    return caching, keys
+
+
+def check_state(
+    op: str,
+    state: MemoryCachingState,
+    caching: Caching,
+    linear: bool,
+    count: int,
+    memory: Sequence[tuple[int, ...]],
+    u: Tensor | None,
+    like: Tensor,
+    previous: tuple[tuple[int, ...], ...] | None = None,
+    online: bool = True,
+) -> MemoryCachingState:
+    """The state in the type to compute in; raises unless it fits. `memory` are the shapes of its weights without the sequence axis;
+    `online`: whether `state.memory` is such a tensor, to be checked here."""
+    if not isinstance(state, tuple) or len(state) != len(MemoryCachingState._fields):
+        raise TypeError(f"{op}: initial_state must be a MemoryCachingState, got {type(state).__name__}")
+    state = MemoryCachingState(*state)
+    if len(state.cached) != len(memory):
+        raise ValueError(f"{op}: initial_state.cached has {len(state.cached)} tensors, needs {len(memory)}")
+    for name in ("position", "count"):
+        value = getattr(state, name)
+        if isinstance(value, Tensor):
+            check_shape(op, f"initial_state.{name}", value, (count,), "[N]")
+        elif isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{op}: initial_state.{name} must be an int or a tensor [N], got {type(value).__name__}")
+    tensors = {f"initial_state.cached[{i}]": part for i, part in enumerate(state.cached)}
+    slots = state.cached[0].shape[1] if state.cached[0].dim() > 1 else 0
+    for (name, part), shape in zip(tensors.items(), memory):
+        check_shape(op, name, part, (count, slots, *shape), "[N, S, H, ...]")
+    if online:
+        tensors["initial_state.memory"] = state.memory
+        check_shape(op, "initial_state.memory", state.memory, (count, *memory[0]), "[N, H, Dk, Dv]")
+    if caching.scored:
+        heads, size = u.shape[2:]
+        rows = size if caching.routing == "energy" else blocks_of(caching.routing)
+        described = (heads, size) if caching.routing == "mean" else (heads, rows, size)
+        for name, shape in (("pooled", (count, heads, rows, size)), ("descriptors", (count, slots, *described))):
+            if getattr(state, name) is None:
+                raise ValueError(f"{op}: initial_state.{name} is None, needs what aggregation {caching.aggregation!r} keeps")
+            check_shape(op, f"initial_state.{name}", getattr(state, name), shape, "[N, ...]")
+            tensors[f"initial_state.{name}"] = getattr(state, name)
+    if previous is not None and state.previous is None:
+        raise ValueError(f"{op}: initial_state.previous is None, needs the last key and value with shift_gate")
+    for value, shape in zip(state.previous or (), previous or ()):
+        check_shape(op, "initial_state.previous", value, (count, *shape), "[N, H, D]")
+        tensors["initial_state.previous"] = value
+    check_float(op, **tensors)
+    check_device(op, "q", like, **tensors)
+    if caching.segment_length != LOG and isinstance(state.position, int) and not 0 <= state.position < caching.segment_length:
+        raise ValueError(
+            f"{op}: initial_state.position is {state.position}, needs 0 to segment_length - 1 = {caching.segment_length - 1}"
+        )
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return map_tensors(state, lambda t: t.to(dtype) if t.is_floating_point() else t)
