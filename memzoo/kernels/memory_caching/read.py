@@ -1,0 +1,620 @@
+"""Triton kernels that mix what a token reads of its own segment's memory with reads of earlier segments' cached memories, by gates.
+
+With M_i the cached matrices that a token may read, r_i their scores, and y_on, r_on the read and the score of its own segment:
+
+    g = softmax(r_on, r_1, ..., r_n)          y = g_on y_on + sum_i g_i q M_i
+
+Gates are formed as the sum goes (an online softmax that starts from the token's own segment), so neither they nor the reads reach
+memory. Backward, with delta = dy . y and g from the saved log of the softmax's sum, one kernel goes by queries and one by memories:
+
+    dq = sum_i g_i dy M_i^T     dr_i = g_i (q . (dy M_i^T) - delta)     dM_i = sum_t g_ti q_t dy_t^T     d descriptor_i from dr_i and u
+
+Nothing is summed across programs, but for the tiles that share out a head dimension of 256, whose parts are added in order afterwards.
+
+Operations a token and head: 2 n Dk Dv forward and 6 n Dk Dv backward, where 4 are the gradient's own and 2 form dr again for the
+descriptors' gradient; scores add 2 n S R (mean, submax) or 2 n R^2 forward and 6 backward (energy). At T = 16k, C = 256 (n = 31.5 on
+average) and 128 x 128 that is 1.03 MFLOP forward, 3.1 backward: 1.3 and 3.9 ns at 790 TFLOP/s, where the gradient's own four products are
+2.6 ns; energy doubles each. Bytes: q, u, y_on in and y out once, 1 KB in bf16, 0.24 ns at 4.3 TB/s: bound by operations. The cached
+memories, 32 KB each in bf16, come from L2 once a block of 128 queries: 250 B a query and memory, 7.9 KB a token and head, 1.4 ns at some
+5.5 TB/s of L2, about as long as the products take, and half the queries a block would double it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common.dispatch import interpreting
+from ..common.launch import CompileSpec, Launch, LaunchTable, capability_of, next_power_of_2
+from ..common.packing import chunk_indices
+
+ROUTINGS = (None, "mean", "energy", "submax")
+MAX_SUB_BLOCKS = 16
+MAX_ENERGY_DIM = 128  # a memory of keys [R, R] lies beside the memory itself in shared memory, and its gradient in registers
+
+
+def _table(entries: dict[tuple[int, int], tuple[int, int, int, int]]) -> LaunchTable:
+    """Entries (BM tokens, BC columns, warps, stages) by (padded head dimension, capability).
+
+    Anything but bfloat16 is computed in float32 and takes the entry of twice its dimension.
+    """
+    return LaunchTable({key: Launch(w, s, {"BM": bm, "BC": bc}) for key, (bm, bc, w, s) in entries.items()})
+
+
+# "rows" are scores u . d against rows of descriptors, or no scores at all; "energy" are scores u C u.
+ROWS, ENERGY = "rows", "energy"
+FORWARD = {
+    ROWS: _table({
+        (64, 80): (128, 64, 4, 3), (128, 80): (128, 128, 8, 2), (256, 80): (64, 64, 4, 2), (512, 80): (32, 32, 4, 1),
+        (128, 90): (128, 128, 8, 3), (256, 90): (128, 128, 8, 2),
+    }),
+    ENERGY: _table({
+        (64, 80): (128, 64, 8, 2), (128, 80): (64, 128, 8, 1), (256, 80): (64, 64, 8, 1), (512, 80): (16, 32, 4, 1),
+        (128, 90): (128, 128, 8, 2), (256, 90): (64, 128, 8, 1),
+    }),
+}  # fmt: skip
+BACKWARD_QUERIES = {
+    ROWS: _table({
+        (64, 80): (128, 64, 8, 2), (128, 80): (64, 128, 8, 2), (256, 80): (64, 64, 8, 1), (512, 80): (16, 32, 4, 1),
+        (128, 90): (128, 128, 8, 2), (256, 90): (64, 128, 8, 2),
+    }),
+    ENERGY: _table({
+        (64, 80): (64, 64, 4, 2), (128, 80): (64, 128, 8, 1), (256, 80): (32, 64, 8, 1), (512, 80): (16, 32, 4, 1),
+        (128, 90): (64, 128, 8, 2), (256, 90): (64, 128, 8, 1),
+    }),
+}  # fmt: skip
+BACKWARD_BANK = {
+    ROWS: _table({
+        (64, 80): (64, 64, 4, 2), (128, 80): (64, 128, 8, 2), (256, 80): (32, 64, 8, 1), (512, 80): (16, 16, 8, 1),
+        (128, 90): (64, 128, 8, 2), (256, 90): (64, 64, 8, 2),
+    }),
+    ENERGY: _table({
+        (64, 80): (64, 64, 4, 2), (128, 80): (32, 128, 8, 1), (256, 80): (32, 32, 8, 1), (512, 80): (16, 16, 8, 1),
+        (128, 90): (64, 128, 8, 1), (256, 90): (32, 32, 8, 1),
+    }),
+}  # fmt: skip
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tile(x, origin, H: tl.constexpr, r, columns, inside, D: tl.constexpr, BD: tl.constexpr):
+    """Rows r after row-and-head `origin` of x [tokens, H, D], zero outside."""
+    mask = inside[:, None]
+    if D % BD:
+        mask = mask & (columns < D)[None, :]
+    return tl.load(x + origin * D + (r[:, None] * (H * D) + columns[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def _matrix(x, rows, columns, D0: tl.constexpr, D1: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr):
+    """Rows and columns of a matrix [D0, D1], zero outside."""
+    at = x + (rows[:, None] * D1 + columns[None, :])
+    if D0 % B0 and D1 % B1:
+        value = tl.load(at, mask=(rows < D0)[:, None] & (columns < D1)[None, :], other=0.0)
+    elif D0 % B0:
+        value = tl.load(at, mask=(rows < D0)[:, None], other=0.0)
+    elif D1 % B1:
+        value = tl.load(at, mask=(columns < D1)[None, :], other=0.0)
+    else:
+        value = tl.load(at)
+    return value
+
+
+@triton.jit
+def _block(cu_pieces, chunks, first, count, blocks, BM: tl.constexpr, TILES: tl.constexpr):
+    """(tile, head, first token, tokens in the block, first memory, number of memories); no tokens if idle.
+
+    The last blocks of a sequence read the most memories, so they go first.
+    """
+    tile = tl.program_id(0) % TILES
+    program = tl.program_id(0) // TILES
+    h = program // blocks
+    program = blocks - 1 - program % blocks
+    p = tl.load(chunks + program * 2)
+    idle = p < 0
+    p = tl.maximum(p, 0)
+    begin = tl.load(cu_pieces + p) + tl.load(chunks + program * 2 + 1).to(tl.int64) * BM
+    length = tl.minimum(tl.load(cu_pieces + p + 1) - begin, BM).to(tl.int32)
+    return tile, h, begin, tl.where(idle, 0, length), tl.load(first + p), tl.load(count + p).to(tl.int32)
+
+
+@triton.jit
+def _row_scores(
+    user, descriptors, entry, block, n, h,
+    H: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores in base 2 of BE memories after `block` [BM, BE], which of the S rows gave each, and the rows [BE * S, BR]."""
+    j = tl.arange(0, BE * S)
+    columns = tl.arange(0, BR)
+    mask = (block + j // S < n)[:, None]
+    if R % BR:
+        mask = mask & (columns < R)[None, :]
+    base = descriptors + ((entry + block) * H + h) * (S * R)
+    rows = tl.load(base + ((j // S) * (H * S * R) + (j % S) * R)[:, None] + columns[None, :], mask=mask, other=0.0)
+    high = rows.to(user.dtype)
+    scores = tl.dot(user, tl.trans(high), input_precision=PRECISION)
+    if user.dtype != tl.float32:
+        # Half a descriptor's digits would shift a large score by more than the inputs do: the rest is a second product.
+        low = (rows - high.to(tl.float32)).to(user.dtype)
+        scores = tl.dot(user, tl.trans(low), scores, input_precision=PRECISION)
+    scores *= LOG2E
+    if S > 1:
+        scores = tl.reshape(scores, (scores.shape[0], BE, S))
+        scores, best = tl.max(scores, 2, return_indices=True, return_indices_tie_break_left=True)
+    else:
+        best = tl.zeros(scores.shape, tl.int32)
+    scores = tl.where((block + tl.arange(0, BE) < n)[None, :], scores, float("-inf"))
+    return scores, best, high
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _forward_kernel(
+    q, u, online, online_score, bank, descriptors, y, lse, cu_pieces, chunks, first, count, blocks,
+    ROUTING: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """A block of one piece's tokens, one head and a tile of the values' columns; lse [tokens, H] is in base 2."""
+    tile, h, begin, length, entry, n = _block(cu_pieces, chunks, first, count, blocks, BM, (DV + BC - 1) // BC)
+    if length <= 0:
+        return
+    TYPE: tl.constexpr = bank.dtype.element_ty
+    STRIDE: tl.constexpr = H * DK * DV
+    r = tl.arange(0, BM)
+    inside = r < length
+    origin = begin * H + h
+    rows = tl.arange(0, BK)
+    columns = tile * BC + tl.arange(0, BC)
+    query = _tile(q, origin, H, r, rows, inside, DK, BK).to(TYPE)
+    acc = _tile(online, origin, H, r, columns, inside, DV, BC).to(tl.float32)
+    state = bank + (entry * H + h) * (DK * DV)
+    if ROUTING == "none":
+        for _ in range(n):
+            acc = tl.dot(query, _matrix(state, rows, columns, DK, DV, BK, BC), acc, input_precision=PRECISION)
+            state += STRIDE
+    else:
+        user = _tile(u, origin, H, r, tl.arange(0, BR), inside, R, BR).to(TYPE)
+        peak = tl.load(online_score + origin + r * H, mask=inside, other=0.0) * LOG2E
+        total = tl.full((BM,), 1.0, tl.float32)
+        if ROUTING == "energy":
+            keys = descriptors + (entry * H + h) * (R * R)
+            for _ in range(n):
+                key = _matrix(keys, tl.arange(0, BR), tl.arange(0, BR), R, R, BR, BR)
+                score = tl.sum(tl.dot(user, key, input_precision=PRECISION) * user.to(tl.float32), 1) * LOG2E
+                higher = tl.maximum(peak, score)
+                kept = tl.exp2(peak - higher)
+                weight = tl.exp2(score - higher)
+                total = total * kept + weight
+                peak = higher
+                part = tl.dot(query, _matrix(state, rows, columns, DK, DV, BK, BC), input_precision=PRECISION)
+                acc = acc * kept[:, None] + part * weight[:, None]
+                state += STRIDE
+                keys += H * R * R
+        else:
+            e = tl.arange(0, BE)[None, :]
+            for block in range(0, n, BE):
+                scores, _, _ = _row_scores(user, descriptors, entry, block, n, h, H, R, S, BR, BE, PRECISION)
+                higher = tl.maximum(peak, tl.max(scores, 1))
+                kept = tl.exp2(peak - higher)
+                weights = tl.exp2(scores - higher[:, None])
+                total = total * kept + tl.sum(weights, 1)
+                peak = higher
+                acc *= kept[:, None]
+                for j in range(tl.minimum(n - block, BE)):
+                    weight = tl.sum(tl.where(e == j, weights, 0.0), 1)
+                    part = tl.dot(query, _matrix(state, rows, columns, DK, DV, BK, BC), input_precision=PRECISION)
+                    acc += part * weight[:, None]
+                    state += STRIDE
+        acc = acc / total[:, None]
+        tl.store(lse + origin + r * H, peak + tl.log2(total), mask=r + tile * BM < length)
+    place = y + origin * DV + (r[:, None] * (H * DV) + columns[None, :])
+    tl.store(place, acc.to(y.dtype.element_ty), mask=inside[:, None] & (columns < DV)[None, :])
+
+
+@triton.jit(do_not_specialize=["blocks", "tokens"])
+def _backward_queries_kernel(
+    q, u, online, online_score, bank, descriptors, y, lse, dy, delta, dq, du, donline, donline_score, cu_pieces, chunks, first, count,
+    blocks, tokens,
+    ROUTING: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """dq for a block of one piece's tokens and a tile of its columns, that tile's part of du [tiles, tokens, H, R], delta [tokens, H],
+    and what goes to the token's own segment."""
+    tile, h, begin, length, entry, n = _block(cu_pieces, chunks, first, count, blocks, BM, (DK + BC - 1) // BC)
+    if length <= 0:
+        return
+    TYPE: tl.constexpr = bank.dtype.element_ty
+    STRIDE: tl.constexpr = H * DK * DV
+    r = tl.arange(0, BM)
+    inside = r < length
+    origin = begin * H + h
+    rows = tile * BC + tl.arange(0, BC)
+    columns = tl.arange(0, BV)
+    grad = _tile(dy, origin, H, r, columns, inside, DV, BV)
+    if ROUTING != "none":
+        norm = tl.load(lse + origin + r * H, mask=inside, other=0.0)
+        slope = tl.sum(grad.to(tl.float32) * _tile(y, origin, H, r, columns, inside, DV, BV).to(tl.float32), 1)
+        kept = tl.exp2(tl.load(online_score + origin + r * H, mask=inside, other=0.0) * LOG2E - norm)
+        own = tl.sum(grad.to(tl.float32) * _tile(online, origin, H, r, columns, inside, DV, BV).to(tl.float32), 1)
+        mine = r + tile * BM < length  # of the first tile only
+        tl.store(delta + origin + r * H, slope, mask=mine)
+        tl.store(donline_score + origin + r * H, kept * (own - slope), mask=mine)
+        place = donline + origin * DV + (r[:, None] * (H * DV) + columns[None, :])
+        own_grad = (grad.to(tl.float32) * kept[:, None]).to(donline.dtype.element_ty)
+        tl.store(place, own_grad, mask=mine[:, None] & (columns < DV)[None, :])
+        slope = tl.where(tile == 0, slope, 0.0)  # each tile has its part of q . (dy M^T); one of them takes delta off
+    grad = grad.to(TYPE)
+    result = tl.zeros((BM, BC), tl.float32)
+    state = bank + (entry * H + h) * (DK * DV)
+    if ROUTING == "none":
+        for _ in range(n):
+            value = tl.trans(_matrix(state, rows, columns, DK, DV, BC, BV))
+            result = tl.dot(grad, value, result, input_precision=PRECISION)
+            state += STRIDE
+    else:
+        query = _tile(q, origin, H, r, rows, inside, DK, BC).to(TYPE)
+        d = tl.arange(0, BR)
+        user = _tile(u, origin, H, r, d, inside, R, BR).to(TYPE)
+        user_grad = tl.zeros((BM, BR), tl.float32)
+        if ROUTING == "energy":
+            keys = descriptors + (entry * H + h) * (R * R)
+            for _ in range(n):
+                read = tl.dot(user, _matrix(keys, d, d, R, R, BR, BR), input_precision=PRECISION)
+                weight = tl.exp2(tl.sum(read * user.to(tl.float32), 1) * LOG2E - norm)
+                value = tl.trans(_matrix(state, rows, columns, DK, DV, BC, BV))
+                part = tl.dot(grad, value, input_precision=PRECISION)
+                change = weight * (tl.sum(part * query.to(tl.float32), 1) - slope)
+                result += part * weight[:, None]
+                user_grad += read * (2.0 * change)[:, None]
+                state += STRIDE
+                keys += H * R * R
+        else:
+            e = tl.arange(0, BE)[None, :]
+            for block in range(0, n, BE):
+                scores, best, descriptor = _row_scores(user, descriptors, entry, block, n, h, H, R, S, BR, BE, PRECISION)
+                weights = tl.exp2(scores - norm[:, None])
+                change = tl.zeros((BM, BE), tl.float32)
+                for j in range(tl.minimum(n - block, BE)):
+                    weight = tl.sum(tl.where(e == j, weights, 0.0), 1)
+                    value = tl.trans(_matrix(state, rows, columns, DK, DV, BC, BV))
+                    part = tl.dot(grad, value, input_precision=PRECISION)
+                    result += part * weight[:, None]
+                    change = tl.where(e == j, tl.sum(part * query.to(tl.float32), 1)[:, None], change)
+                    state += STRIDE
+                change = weights * (change - slope[:, None])
+                if S > 1:
+                    change = tl.where(best[:, :, None] == tl.arange(0, S)[None, None, :], change[:, :, None], 0.0)
+                    change = tl.reshape(change, (BM, BE * S))
+                user_grad = tl.dot(change.to(TYPE), descriptor, user_grad, input_precision=PRECISION)
+        place = du + (tile.to(tl.int64) * tokens * H + origin) * R + (r[:, None] * (H * R) + d[None, :])
+        tl.store(place, user_grad.to(du.dtype.element_ty), mask=inside[:, None] & (d < R)[None, :])
+    place = dq + origin * DK + (r[:, None] * (H * DK) + rows[None, :])
+    tl.store(place, result.to(dq.dtype.element_ty), mask=inside[:, None] & (rows < DK)[None, :])
+
+
+@triton.jit(do_not_specialize=["entries"])
+def _backward_bank_kernel(
+    q, u, bank, descriptors, lse, dy, delta, dbank, ddescriptors, reader_start, reader_end, entries,
+    ROUTING: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """One cached memory's gradient for one head and a tile of its columns, over all tokens that read it, and that tile's part of the
+    descriptor's [tiles, M, H, ...]."""
+    TILES: tl.constexpr = (DV + BC - 1) // BC
+    TYPE: tl.constexpr = bank.dtype.element_ty
+    SP: tl.constexpr = 16  # rows of descriptors, the least a product can have
+    tile = tl.program_id(0) % TILES
+    # The first memories of a sequence have the most readers: heads turn fastest.
+    h = (tl.program_id(0) // TILES) % H
+    entry = (tl.program_id(0) // (TILES * H)).to(tl.int64)
+    start = tl.load(reader_start + entry)
+    readers = (tl.load(reader_end + entry) - start).to(tl.int32)
+    rows = tl.arange(0, BK)
+    columns = tile * BC + tl.arange(0, BC)
+    d = tl.arange(0, BR)
+    s = tl.arange(0, SP)
+    offset = (entry * H + h) * (DK * DV)
+    result = tl.zeros((BK, BC), tl.float32)
+    if ROUTING != "none":
+        state = _matrix(bank + offset, rows, columns, DK, DV, BK, BC)
+    if ROUTING == "energy":
+        key = _matrix(descriptors + (entry * H + h) * (R * R), d, d, R, R, BR, BR)
+        key_grad = tl.zeros((BR, BR), tl.float32)
+    elif ROUTING != "none":
+        within = (s < S)[:, None] & (d < R)[None, :]
+        descriptor = tl.load(descriptors + (entry * H + h) * (S * R) + (s[:, None] * R + d[None, :]), mask=within, other=0.0)
+        high = descriptor.to(TYPE)
+        low = (descriptor - high.to(tl.float32)).to(TYPE)
+        key_grad = tl.zeros((SP, BR), tl.float32)
+    for begin in range(0, readers, BM):
+        r = tl.arange(0, BM)
+        inside = begin + r < readers
+        origin = (start + begin) * H + h
+        query = _tile(q, origin, H, r, rows, inside, DK, BK).to(TYPE)
+        grad = _tile(dy, origin, H, r, columns, inside, DV, BC)
+        if ROUTING != "none":
+            norm = tl.load(lse + origin + r * H, mask=inside, other=0.0)
+            slope = tl.load(delta + origin + r * H, mask=begin + r < tl.where(tile == 0, readers, 0), other=0.0)
+            user = _tile(u, origin, H, r, d, inside, R, BR).to(TYPE)
+            if ROUTING == "energy":
+                score = tl.sum(tl.dot(user, key, input_precision=PRECISION) * user.to(tl.float32), 1)
+            else:
+                scores = tl.dot(user, tl.trans(high), input_precision=PRECISION)
+                if TYPE != tl.float32:
+                    scores = tl.dot(user, tl.trans(low), scores, input_precision=PRECISION)
+                if S > 1:
+                    scores = tl.where((s < S)[None, :], scores, float("-inf"))
+                    score, best = tl.max(scores, 1, return_indices=True, return_indices_tie_break_left=True)
+                else:
+                    score = tl.sum(tl.where((s == 0)[None, :], scores, 0.0), 1)
+                    best = tl.zeros((BM,), tl.int32)
+            weight = tl.where(inside, tl.exp2(score * LOG2E - norm), 0.0)
+            part = tl.sum(tl.dot(query, state, input_precision=PRECISION) * grad.to(tl.float32), 1)
+            change = weight * (part - slope)
+            if ROUTING == "energy":
+                change_user = (user.to(tl.float32) * change[:, None]).to(TYPE)
+                key_grad = tl.dot(tl.trans(user), change_user, key_grad, input_precision=PRECISION)
+            else:
+                changes = tl.where(s[:, None] == best[None, :], change[None, :], 0.0)
+                key_grad = tl.dot(changes.to(TYPE), user, key_grad, input_precision=PRECISION)
+            grad = grad.to(tl.float32) * weight[:, None]
+        result = tl.dot(tl.trans(query), grad.to(TYPE), result, input_precision=PRECISION)
+    within = (rows < DK)[:, None] & (columns < DV)[None, :]
+    tl.store(dbank + offset + (rows[:, None] * DV + columns[None, :]), result, mask=within)
+    if ROUTING != "none":
+        at = (tile.to(tl.int64) * entries + entry) * H + h
+        if ROUTING == "energy":
+            tl.store(ddescriptors + at * (R * R) + (d[:, None] * R + d[None, :]), key_grad, mask=(d < R)[:, None] & (d < R)[None, :])
+        else:
+            tl.store(ddescriptors + at * (S * R) + (s[:, None] * R + d[None, :]), key_grad, mask=(s < S)[:, None] & (d < R)[None, :])
+
+
+def check_routing(op: str, routing: str | None, dim: int, sub_blocks: int = 1) -> None:
+    """Raise ValueError for a routing rule, a size R of u or a number of sub-blocks that these kernels do not have."""
+    if routing not in ROUTINGS:
+        raise ValueError(f"{op}: routing is {routing!r}, needs one of {', '.join(map(str, ROUTINGS))}")
+    if routing == "energy" and dim > MAX_ENERGY_DIM:
+        raise ValueError(
+            f"{op}: u has head dimension {dim}, at most {MAX_ENERGY_DIM} fit the Triton kernels with routing 'energy'; "
+            "use implementation 'chunked'"
+        )
+    if not 1 <= sub_blocks <= MAX_SUB_BLOCKS or sub_blocks & (sub_blocks - 1):
+        raise ValueError(f"{op}: descriptors have {sub_blocks} sub-blocks, needs a power of two up to {MAX_SUB_BLOCKS}")
+
+
+def _precision(x: Tensor) -> str:
+    if interpreting():
+        return "ieee"
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
+
+
+def _compute_type(x: Tensor) -> torch.dtype:
+    """What products are formed in: float16 is widened, since a memory is a long sum that may overflow it."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+
+
+def _descriptor_sizes(descriptors: Tensor | None, routing: str | None) -> tuple[int, int]:
+    """(R, S): the size of u, and the rows of a descriptor that scores are the largest of."""
+    if descriptors is None:
+        return 16, 1
+    return descriptors.shape[-1], descriptors.shape[2] if routing == "submax" else 1
+
+
+def _constants(q: Tensor, bank: Tensor, descriptors: Tensor | None, routing: str | None) -> dict[str, object]:
+    """The kernels' switches and sizes."""
+    dim, rows = _descriptor_sizes(descriptors, routing)
+    heads, key_dim, value_dim = bank.shape[1:]
+    return {
+        "ROUTING": "none" if routing is None else "energy" if routing == "energy" else "rows",
+        "H": heads, "DK": key_dim, "DV": value_dim, "R": dim, "S": rows, "PRECISION": _precision(q),
+        "BK": next_power_of_2(key_dim), "BV": next_power_of_2(value_dim), "BR": next_power_of_2(dim), "BE": _entries(rows),
+    }  # fmt: skip
+
+
+def _entries(rows: int) -> int:
+    """Memories whose scores are formed at a time: 16 to 64 rows of descriptors, several memories at least."""
+    return max(16, min(8 * rows, 64)) // rows
+
+
+def _launch(tables: dict[str, LaunchTable], x: Tensor, constants: dict[str, object], columns: int) -> tuple[dict[str, object], int]:
+    """Launch options of a kernel that shares out `columns`, and its number of tiles."""
+    size = max(64, *(constants[name] for name in ("BK", "BV", "BR")))
+    table = tables[ENERGY if constants["ROUTING"] == "energy" else ROWS]
+    launch = table.lookup(size * (1 if x.dtype == torch.bfloat16 else 2), capability_of(x.device))
+    options = {**launch.options(), "BC": min(launch.blocks["BC"], next_power_of_2(columns))}
+    return options, triton.cdiv(columns, options["BC"])
+
+
+@torch.library.custom_op("memzoo::memory_caching_read", mutates_args=())
+def _forward(
+    q: Tensor,
+    u: Tensor | None,
+    online: Tensor,
+    online_score: Tensor | None,
+    bank: Tensor,
+    descriptors: Tensor | None,
+    cu_pieces: Tensor,
+    first: Tensor,
+    count: Tensor,
+    reader_start: Tensor,
+    reader_end: Tensor,
+    routing: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(y [1, total, H, Dv], log of the softmax's sum in base 2 [1, total, H], empty without a routing)."""
+    q, u, online, online_score, bank, descriptors = _ready(q, u, online, online_score, bank, descriptors, routing)
+    total, heads = q.shape[1:3]
+    y = q.new_empty(*q.shape[:3], bank.shape[3])
+    lse = q.new_empty(0 if routing is None else q.shape[:3], dtype=torch.float32)
+    constants = _constants(q, bank, descriptors, routing)
+    options, tiles = _launch(FORWARD, q, constants, bank.shape[3])
+    chunks = chunk_indices(cu_pieces, total, options["BM"])
+    _forward_kernel[(chunks.shape[0] * heads * tiles,)](
+        q, u, online, online_score, bank, descriptors, y, lse, cu_pieces, chunks, first, count, chunks.shape[0],
+        **constants, **options,
+    )  # fmt: skip
+    return y, lse
+
+
+def _ready(q, u, online, online_score, bank, descriptors, routing) -> list[Tensor | None]:
+    """Contiguous tensors, with the matrices that are read again and again in the type that products are formed in."""
+    bank = bank.to(_compute_type(q))
+    if routing == "energy":
+        descriptors = descriptors.to(_compute_type(q))
+    return [None if t is None else t.contiguous() for t in (q, u, online, online_score, bank, descriptors)]
+
+
+@_forward.register_fake
+def _(q, u, online, online_score, bank, descriptors, cu_pieces, first, count, reader_start, reader_end, routing):
+    lse = q.new_empty(0 if routing is None else q.shape[:3], dtype=torch.float32)
+    return q.new_empty(*q.shape[:3], bank.shape[3]), lse
+
+
+@torch.library.custom_op("memzoo::memory_caching_read_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    q: Tensor,
+    u: Tensor | None,
+    online: Tensor,
+    online_score: Tensor | None,
+    bank: Tensor,
+    descriptors: Tensor | None,
+    cu_pieces: Tensor,
+    first: Tensor,
+    count: Tensor,
+    reader_start: Tensor,
+    reader_end: Tensor,
+    routing: str | None,
+    y: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, du, donline, donline_score, dbank, ddescriptors); without a routing du, donline (which is dy), donline_score and
+    ddescriptors are empty."""
+    entries, total, heads = bank.shape[0], q.shape[1], q.shape[2]
+    dq, dbank = q.new_empty(q.shape), q.new_empty(bank.shape, dtype=torch.float32)
+    du, donline, donline_score, ddescriptors = (q.new_empty(0) for _ in range(4))
+    q, u, online, online_score, bank, descriptors = _ready(q, u, online, online_score, bank, descriptors, routing)
+    dy, constants = dy.contiguous(), _constants(q, bank, descriptors, routing)
+    options, tiles = _launch(BACKWARD_QUERIES, q, constants, bank.shape[2])
+    bank_options, bank_tiles = _launch(BACKWARD_BANK, q, constants, bank.shape[3])
+    delta = torch.empty_like(lse)
+    if routing is not None:
+        du = u.new_empty(tiles, *u.shape, dtype=u.dtype if tiles == 1 else torch.float32)
+        donline, donline_score = online.new_empty(online.shape), online_score.new_empty(online_score.shape)
+        ddescriptors = descriptors.new_empty(bank_tiles, *descriptors.shape, dtype=torch.float32)
+    chunks = chunk_indices(cu_pieces, total, options["BM"])
+    _backward_queries_kernel[(chunks.shape[0] * heads * tiles,)](
+        q, u, online, online_score, bank, descriptors, y, lse, dy, delta, dq, du, donline, donline_score, cu_pieces, chunks, first, count,
+        chunks.shape[0], total, **constants, **options,
+    )  # fmt: skip
+    _backward_bank_kernel[(entries * heads * bank_tiles,)](
+        q, u, bank, descriptors, lse, dy, delta, dbank, ddescriptors, reader_start, reader_end, entries, **constants, **bank_options,
+    )  # fmt: skip
+    if routing is not None:
+        du = du[0] if tiles == 1 else du.sum(0).to(u.dtype)
+        ddescriptors = ddescriptors[0] if bank_tiles == 1 else ddescriptors.sum(0)
+    return dq, du, donline, donline_score, dbank, ddescriptors
+
+
+@_backward.register_fake
+def _(
+    dy, q, u, online, online_score, bank, descriptors, cu_pieces, first, count, reader_start, reader_end, routing, y, lse
+):  # fmt: skip
+    dq, dbank = q.new_empty(q.shape), q.new_empty(bank.shape, dtype=torch.float32)
+    if routing is None:
+        return dq, q.new_empty(0), q.new_empty(0), q.new_empty(0), dbank, q.new_empty(0)
+    rest = [t.new_empty(t.shape) for t in (u, online, online_score)]
+    return dq, *rest, dbank, descriptors.new_empty(descriptors.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.routing = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dy, _):
+    if dy is None:
+        return (None,) * 12
+    *tensors, y, lse = ctx.saved_tensors
+    dq, du, donline, donline_score, dbank, ddescriptors = _backward(dy, *tensors, ctx.routing, y, lse)
+    places = (None,) * 6
+    if ctx.routing is None:
+        return dq, None, dy.to(tensors[2].dtype), None, dbank, None, *places
+    return dq, du, donline, donline_score, dbank, ddescriptors, *places
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def gated_read(
+    q: Tensor,
+    u: Tensor | None,
+    online: Tensor,
+    online_score: Tensor | None,
+    bank: Tensor,
+    descriptors: Tensor | None,
+    cu_pieces: Tensor,
+    first: Tensor,
+    count: Tensor,
+    reader_start: Tensor,
+    reader_end: Tensor,
+    routing: str | None,
+) -> Tensor:
+    """Mixes each token's read of its own segment's memory with reads of cached memories (Memory Caching, arXiv 2602.24281, gated residual).
+
+    Tokens lie in a row and are cut into P pieces that share what they read.
+
+    Args:
+        q: [1, total, H, Dk]. u: [1, total, H, R], what the descriptors are compared with.
+        online: [1, total, H, Dv], the read of the token's own segment. online_score: [1, total, H], float32, its score.
+        bank: [M, H, Dk, Dv], float32, the cached memories.
+        descriptors: float32: of routing "mean" [M, H, R], of "energy" [M, H, R, R], symmetric, R up to 128; of "submax" [M, H, S, R],
+            S a power of two up to 16.
+        cu_pieces: [P + 1] of int64, where each piece starts; pieces may be empty, and cover all tokens.
+        first, count: [P] of int64; a token of piece p reads bank[first[p] : first[p] + count[p]]. count may be 0.
+        reader_start, reader_end: [M] of int64; exactly the tokens reader_start[e] <= t < reader_end[e] read bank[e]. None if equal.
+        routing: scores are u . d with "mean", u . (C u) with "energy", the largest u . d_s with "submax". With None there are no gates,
+            y = online + sum_i q M_i, and u, online_score and descriptors are None.
+
+    Returns:
+        y [1, total, H, Dv] in q's dtype, differentiable in q, u, online, online_score, bank and descriptors. Where several sub-blocks
+        score the same, the first takes the gradient.
+
+    Raises:
+        ValueError: a routing rule or a size that the kernels do not have.
+    """
+    check_routing("gated_read", routing, *_descriptor_sizes(descriptors, routing))
+    return _forward(q, u, online, online_score, bank, descriptors, cu_pieces, first, count, reader_start, reader_end, routing)[0]
+
+
+def compile_specs(capability: int) -> Iterator[CompileSpec]:
+    """Every launch-table entry for one compute capability in bf16, with one and with the most sub-blocks; the largest in float32."""
+    places = dict.fromkeys(("cu_pieces", "first", "count", "reader_start", "reader_end"), "*i64")
+    sizes = {"chunks": "*i32", "blocks": "i32", "tokens": "i64", "entries": "i64"}
+    numbers = dict.fromkeys(("online_score", "lse", "delta", "donline_score", "dbank", "ddescriptors"), "*fp32")
+    kernels = (
+        ("forward", _forward_kernel, FORWARD),
+        ("backward queries", _backward_queries_kernel, BACKWARD_QUERIES),
+        ("backward memories", _backward_bank_kernel, BACKWARD_BANK),
+    )
+    for dtype, size in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 256)):
+        tokens = dict.fromkeys(("q", "u", "online", "y", "dy", "dq", "donline", "bank"), f"*{dtype}")
+        for routing, rows in (("none", 1), ("rows", 1), ("rows", MAX_SUB_BLOCKS), ("energy", 1)):
+            energy = routing == "energy"
+            dim = min(size, MAX_ENERGY_DIM) if energy else size
+            pointers = {**tokens, "du": f"*{dtype}", "descriptors": f"*{dtype}" if energy else "*fp32", **numbers, **places, **sizes}
+            for name, kernel, tables in kernels:
+                launch = tables[ENERGY if energy else ROWS].lookup(size if dtype == "bf16" else 2 * size, capability)
+                label = {"none": "no gates", "rows": f"{rows} rows", "energy": "energy"}[routing]
+                yield CompileSpec(
+                    f"memory_caching read {name} {size} {dtype}, {label}", kernel, pointers,
+                    {"ROUTING": routing, "H": 16, "DK": size, "DV": size, "R": dim, "S": rows, "BE": _entries(rows), "BK": size,
+                     "BV": size, "BR": dim, "PRECISION": "tf32" if dtype == "bf16" else "tf32x3", **launch.blocks},
+                    launch.num_warps, launch.num_stages,
+                )  # fmt: skip
