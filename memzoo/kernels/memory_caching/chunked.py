@@ -1,7 +1,7 @@
 """Memory caching in plain torch, segments in parallel: what a CPU runs, forward and backward, for every kind of memory.
 
-A memory is an object that writes the pieces of a call (`run`) and reads a set of weights (`read`); what is cached, how segments are scored and
-how reads are mixed is here, once. `MatrixWrites` is the matrix memory.
+A memory is an object that writes the pieces of a call (`run`) and reads cached weights (`read_cached`); what is cached, how segments are
+scored and how reads are mixed is here, once. `MatrixWrites` is the matrix memory.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ class Writes(Protocol):
     def next_segment(self, memory: Any) -> Any:
         """The state that the next segment starts from when it goes on where this one ended."""
 
+    def before(self, count: int) -> tuple[Tensor, Tensor] | None:
+        """What the first token of `count` sequences needs of a token before it."""
+
     def previous(self, pieces: Pieces, restart: bool) -> tuple[Tensor, Tensor] | None:
         """What the next token needs of the last one."""
 
@@ -63,17 +66,11 @@ def caching_chunked(
     outputs, states = [], []
     for group in row_groups(*shape, cu_seqlens, position, count):
         sequences, tokens, position, count = group
-        held = None
-        if state is not None:
-            held = map_tensors(state, lambda x: x[sequences])._replace(position=position, count=count)
-            if not caching.collapsed(writes.linear):
-                held = held._replace(cached=tuple(part[:, :count] for part in held.cached))
-                if held.descriptors is not None:
-                    held = held._replace(descriptors=held.descriptors[:, :count])
         part = writes.select(group, packed)
-        rows = sequences.stop - sequences.start
-        if held is None:
-            held = _empty_state(part, u, caching, rows)
+        if state is None:
+            held = _empty_state(part, u, caching, sequences.stop - sequences.start)
+        else:
+            held = _select(state, sequences, position, count, caching.collapsed(writes.linear))
         if tokens.stop == tokens.start:
             states.append(held)
             continue
@@ -82,6 +79,15 @@ def caching_chunked(
         states.append(held)
     output = torch.cat(outputs, 1 if packed else 0) if len(outputs) > 1 else outputs[0]
     return output, merge_states(states) if output_final_state else None
+
+
+def _select(state: MemoryCachingState, sequences: slice, position: int, count: int, collapsed: bool) -> MemoryCachingState:
+    """The state of sequences that have `count` cached memories each."""
+    part = map_tensors(state, lambda x: x[sequences])._replace(position=position, count=count)
+    if collapsed:
+        return part
+    descriptors = None if part.descriptors is None else part.descriptors[:, :count]
+    return part._replace(cached=tuple(x[:, :count] for x in part.cached), descriptors=descriptors)
 
 
 def _empty_state(writes: Writes, u: Tensor | None, caching: Caching, rows: int) -> MemoryCachingState:
@@ -93,7 +99,7 @@ def _empty_state(writes: Writes, u: Tensor | None, caching: Caching, rows: int) 
         pool = empty_pool(caching.routing, rows, u.shape[2], u.shape[3], u)
         example = describe(caching.routing, pool, 1)
         descriptors = example.new_zeros(rows, 0, *example.shape[1:])
-    return MemoryCachingState(memory, cached, pool, descriptors, 0, 0)
+    return MemoryCachingState(memory, cached, pool, descriptors, 0, 0, writes.before(rows))
 
 
 def _rows(
@@ -236,6 +242,11 @@ class MatrixWrites:
     def next_segment(self, memory: Tensor) -> Tensor:
         return memory
 
+    def before(self, count: int) -> tuple[Tensor, Tensor] | None:
+        if self.shift is None:
+            return None
+        return self.k.new_zeros(count, *self.k.shape[2:]), self.v.new_zeros(count, *self.v.shape[2:])
+
     def previous(self, pieces: Pieces, restart: bool) -> tuple[Tensor, Tensor] | None:
         if self.shift is None:
             return None
@@ -253,9 +264,8 @@ class MatrixWrites:
             before = [pieces.split(x) for x in before]
         tokens = {name: None if x is None else pieces.split(x) for name, x in tokens.items()}
         if restart:  # all at once: pieces are a batch
-            starts = torch.cat(
-                (memory[:, None], memory.new_zeros(1, 1, *memory.shape[1:]).expand(len(memory), len(pieces) - 1, -1, -1, -1)), 1
-            )
+            others = memory.new_zeros(1, 1, *memory.shape[1:]).expand(len(memory), len(pieces) - 1, -1, -1, -1)
+            starts = torch.cat((memory[:, None], others), 1)
             flat = {name: None if x is None else x.flatten(0, 1) for name, x in tokens.items()}
             y, finals = _write(flat, None if before is None else [x.flatten(0, 1) for x in before], starts.flatten(0, 1))
             y, finals = (x.unflatten(0, (len(memory), len(pieces))) for x in (y, finals))
@@ -271,7 +281,7 @@ class MatrixWrites:
 
     def _before(self, pieces: Pieces, restart: bool) -> tuple[Tensor, Tensor]:
         """Key and gated value of the token before each, [n, T, H, D]."""
-        last = (torch.zeros_like(self.k[:, 0]), torch.zeros_like(self.v[:, 0])) if self.last is None else self.last
+        last = self.before(len(self.k)) if self.last is None else self.last
         key, value = (torch.cat((was[:, None], x[:, :-1]), 1) for was, x in zip(last, (self.k, self.v)))
         if restart:
             first = torch.ones(pieces.length, dtype=self.k.dtype, device=self.k.device)

@@ -32,6 +32,7 @@ class Memory:
     carry: Callable[[Any], Any]  # the state of a segment that goes on where the one before ended
     linear: bool
     previous: Callable[[int, int], Any] = lambda row, token: None  # what the next write needs of this token
+    before: Callable[[], Any] = lambda: None  # the same before a segment's first token
 
 
 def block_size(segment_length: int) -> int:
@@ -104,7 +105,7 @@ def caching_reference(
                 if caching.collapsed(memory.linear):
                     cached = [tuple(sum(parts) for parts in zip(*cached))]
                 online = memory.fresh() if caching.restart else memory.carry(online)
-                previous = map_tensors(previous, torch.zeros_like) if caching.restart else previous
+                previous = memory.before() if caching.restart else previous
                 position, count = 0, count + 1
         states.append(_end(memory, caching, u, online, cached, pool, pools, position, count, previous))
     return torch.cat(outputs), merge_states(states)
@@ -133,7 +134,7 @@ def _empty(routing: str, u: Tensor) -> Tensor:
 
 def _start(memory: Memory, caching: Caching, state: MemoryCachingState | None, n: int):
     if state is None:
-        return memory.fresh(), [], [], 0, 0, None
+        return memory.fresh(), [], [], 0, 0, memory.before()
     position, count = (x if isinstance(x, int) else int(x[n]) for x in (state.position, state.count))
     slots = 1 if caching.collapsed(memory.linear) else count
     cached = [tuple(part[n : n + 1, i] for part in state.cached) for i in range(slots)]
@@ -202,6 +203,12 @@ def matrix_memory(q, k, v, log_decay, beta, write, shift) -> Memory:
             state = state + shift[row, t][:, None, None] * key[:, :, :, None] * value[:, :, None, :]
         return state
 
+    def last(row: int, t: int) -> tuple[Tensor, Tensor] | None:
+        return None if shift is None else (k[row, t][None], v[row, t][None])
+
+    def before() -> tuple[Tensor, Tensor] | None:
+        return None if shift is None else (q.new_zeros(1, heads, key_dim), q.new_zeros(1, heads, value_dim))
+
     return Memory(
         fresh=lambda: q.new_zeros(1, heads, key_dim, value_dim),
         write=write_token,
@@ -209,5 +216,6 @@ def matrix_memory(q, k, v, log_decay, beta, write, shift) -> Memory:
         read=lambda weights, row, t: torch.einsum("hd,nhde->nhe", q[row, t], weights[0]),
         carry=lambda state: state,
         linear=True,
-        previous=(lambda row, t: (k[row, t][None], v[row, t][None])) if shift is not None else (lambda row, t: None),
+        previous=last,
+        before=before,
     )

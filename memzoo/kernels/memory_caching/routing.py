@@ -33,7 +33,7 @@ def empty_pool(routing: str, count: int, heads: int, size: int, like: Tensor) ->
 
 
 def describe(routing: str, pool: Tensor, segment_length: int) -> Tensor:
-    """Descriptor of a whole segment from its pool [..., rows, R]: [..., R] for mean, [..., blocks, R] for submax, [..., R, R] for energy."""
+    """Descriptor of a whole segment from its pool [..., rows, R]: [..., R] for mean, else of the pool's shape."""
     if routing == "energy":
         return pool
     size = block_size(segment_length, pool.shape[-2])

@@ -129,8 +129,8 @@ class Pieces:
 def row_groups(
     batch: int, length: int, cu_seqlens: Tensor | None, position: int | Tensor, count: int | Tensor
 ) -> list[tuple[slice, slice, int, int]]:
-    """Groups of sequences that have the same number of tokens, the same place in their segment and the same number of cached memories:
-    (sequences, tokens, position, count) each. A packed batch, or one whose rows differ, falls into single rows."""
+    """Groups of sequences that agree in tokens, place in their segment and number of cached memories, as (sequences, tokens, position,
+    count); a packed batch, or one whose rows differ, falls into single rows."""
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     positions, counts = ([x] * sequences if isinstance(x, int) else x.tolist() for x in (position, count))
     alike = len(set(positions)) == 1 and len(set(counts)) == 1
