@@ -3,6 +3,7 @@
 from .attention import attention, linked_attention
 from .causal_conv1d import causal_conv1d
 from .delta_rule import delta_rule
+from .gated_scan import gated_scan
 from .linear_attention import linear_attention
 from .neural_memory import NeuralMemoryState, neural_memory
 
@@ -11,6 +12,7 @@ __all__ = [
     "attention",
     "causal_conv1d",
     "delta_rule",
+    "gated_scan",
     "linear_attention",
     "linked_attention",
     "neural_memory",

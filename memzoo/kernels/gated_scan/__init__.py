@@ -67,8 +67,7 @@ def gated_scan(
     else:
         from .kernel import gated_scan_step, gated_scan_triton
 
-        run = gated_scan_triton
-        if length == 1 and cu_seqlens is None and state is not None and output_final_state:
-            if not (torch.is_grad_enabled() and any(t.requires_grad for t in (a, b, state))):
-                run = gated_scan_step
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, state))
+        one = length == 1 and cu_seqlens is None and state is not None and output_final_state
+        run = gated_scan_step if one and not needs_grad else gated_scan_triton
     return run(a, b, state, output_final_state, cu_seqlens)

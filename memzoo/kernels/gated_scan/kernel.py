@@ -114,13 +114,13 @@ def _scan_kernel(
             alive = (t >= start) & (t < stop)
             at = (batch * T + t) * D + columns
             place = _place(ids, batch, t, alive, T, D, VARLEN)
-            places = places + (place,)
-            tokens = tokens + (_token(a, b, state, at, place, D, columns, REVERSE, HAS_STATE),)
+            places += (place,)
+            tokens += (_token(a, b, state, at, place, D, columns, REVERSE, HAS_STATE),)
             if GRADIENT:
                 before = tl.load(h + at - D, mask=columns < place[1] - place[2], other=0.0).to(tl.float32)
                 if HAS_INITIAL:
                     before += tl.load(initial_state + place[0] * D + columns, mask=columns < place[2], other=0.0)
-                befores = befores + (before,)
+                befores += (before,)
         for u in tl.static_range(GROUP):
             t = (stop - 1 - i * GROUP - u) if REVERSE else (start + i * GROUP + u)
             at = (batch * T + t) * D + columns
@@ -173,7 +173,7 @@ def _local_kernel(
             alive = (t >= start) & (t < stop)
             at = (batch * T + t) * D + columns
             place = _place(ids, batch, t, alive, T, D, VARLEN)
-            tokens = tokens + (_token(a, b, state, at, place, D, columns, REVERSE, HAS_STATE),)
+            tokens += (_token(a, b, state, at, place, D, columns, REVERSE, HAS_STATE),)
         for u in tl.static_range(GROUP):
             carried = _advance(carried, tokens[u][0], tokens[u][1])
             total = _advance(total, tokens[u][0], 0.0)
