@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..delta_rule import delta_rule
@@ -132,10 +133,9 @@ def _read_sum(writes: Writes, pieces: Pieces, memory: Any, caching: Caching, sta
     mix = SumMix(state.cached, pieces, mean)
     if writes.linear:
         y, finals, memory = writes.run(pieces, memory, caching.restart)
-        mix.finals = finals
         rows = pieces.split(y).transpose(2, 3)
         queries = None if writes.q is None else pieces.split(writes.q).transpose(2, 3)
-        y = pieces.join(mix(0, queries, rows, slice(0, len(pieces))).transpose(2, 3))
+        y = pieces.join(mix(0, queries, rows, finals, slice(0, len(pieces))).transpose(2, 3))
     else:
         y, finals, memory = writes.run(pieces, memory, caching.restart, mix)
     cached = tuple(had + new[:, : pieces.closed].sum(1, keepdim=True) for had, new in zip(state.cached, finals))
@@ -173,20 +173,17 @@ class SumMix:
     """Adds to what a layer of the online memory gives what the sum of the cached ones gives, or takes the mean of all."""
 
     def __init__(self, cached: Weights, pieces: Pieces, mean: bool):
-        self.cached, self.pieces, self.mean = cached, pieces, mean
-        self.finals: Weights | None = None
+        self.cached, self.had, self.mean = cached, pieces.had, mean
 
-    def __call__(self, layer: int, rows: Tensor | None, read: Tensor, which: slice) -> Tensor:
-        """rows [n, P, H, L, Din] and read [n, P, H, L, Dout] of the pieces `which`."""
-        had, finals = self.cached[layer], self.finals[layer]
-        before = torch.cat((had, finals[:, :-1]), 1).cumsum(1)[:, which]  # what each piece finds cached, summed
-        added = before if rows is None else rows @ before
-        if rows is None:  # vectors
-            added = added[:, :, :, None]
-        read = read + added
+    def __call__(self, layer: int, rows: Tensor | None, read: Tensor, finals: Weights | None, which: slice, tokens=None) -> Tensor:
+        """rows [n, P, H, L, Din] and read [n, P, H, L, Dout] of the pieces `which`; `finals` are the memories after the pieces before them
+        and, where known, after themselves, [n, P', H, ...]."""
+        bank = self.cached[layer] if finals is None else torch.cat((self.cached[layer], finals[layer]), 1)
+        before = bank.cumsum(1)[:, which]  # what each piece finds cached, summed
+        read = read + (before[:, :, :, None] if rows is None else rows @ before)  # a vector is read as it is
         if not self.mean:
             return read
-        counts = torch.arange(len(self.pieces), device=read.device)[which] + self.pieces.had + 1
+        counts = torch.arange(which.start, which.stop, device=read.device) + self.had + 1
         return read / counts.to(read.dtype)[:, None, None, None]
 
 
@@ -194,23 +191,19 @@ class SlotMix:
     """Mixes what a layer of the online memory gives with what every cached memory's layer gives, by gates a token (Eq. 14, 15)."""
 
     def __init__(self, cached: Weights, pieces: Pieces, online: Tensor, gate: Tensor):
-        self.cached, self.pieces = cached, pieces
-        self.online, self.gate = pieces.split(online), pieces.split(gate)  # [n, P, places, H], [n, P, places, H, S]
-        self.finals: Weights | None = None
+        self.cached, self.had, self.online, self.gate = cached, pieces.had, online, gate
 
-    def __call__(self, layer: int, rows: Tensor, read: Tensor, which: slice) -> Tensor:
-        bank = self.cached[layer]
-        if self.finals is not None:
-            bank = torch.cat((bank, self.finals[layer]), 1)
-        online, gate = (x[:, which].transpose(2, 3) for x in (self.online, self.gate))  # [n, P, H, places(, S)]
+    def __call__(self, layer: int, rows: Tensor, read: Tensor, finals: Weights | None, which: slice, tokens: Tensor) -> Tensor:
+        """As SumMix; `tokens` [n, P, L] says which token a row belongs to."""
+        bank = self.cached[layer] if finals is None else torch.cat((self.cached[layer], finals[layer]), 1)
+        at = torch.arange(len(tokens), device=tokens.device)[:, None, None]
+        online, gate = (x[at, tokens].transpose(2, 3) for x in (self.online, self.gate))  # [n, P, H, L(, S)]
         total = online[..., None] * read
         for i in range(gate.shape[-1]):
-            # The memory in slot i is first read by the piece after the one that wrote it.
-            first = max(0, i - self.pieces.had + 1 - which.start)
-            if first >= rows.shape[1]:
-                break
-            y = (gate[:, first:, :, :, i, None] * rows[:, first:]) @ bank[:, i, None]
-            total = total + torch.nn.functional.pad(y, (0, 0, 0, 0, 0, 0, first, 0))
+            first = max(0, i - self.had + 1 - which.start)  # the piece after the one that wrote the memory in this slot
+            if first < rows.shape[1]:
+                y = (gate[:, first:, ..., i, None] * rows[:, first:]) @ bank[:, i, None]
+                total = total + F.pad(y, (0, 0, 0, 0, 0, 0, first, 0))
         return total
 
 

@@ -24,7 +24,7 @@ from ..common.dispatch import resolve_implementation
 from .chunked import neural_memory_chunked
 from .reference import NeuralMemoryState, neural_memory_reference, read_memory
 
-__all__ = ["NeuralMemoryState", "neural_memory", "read_memory"]
+__all__ = ["NeuralMemoryState", "check_neural_memory", "check_neural_memory_state", "neural_memory", "read_memory"]
 
 OP = "neural_memory"
 LOSSES = ("l2", "dot")
@@ -78,43 +78,22 @@ def neural_memory(
     Raises:
         ValueError, TypeError: an argument that does not fit, in one line, before anything runs.
     """
-    check_dim(OP, "q", q, 4, "[B, T, H, D]")
-    check_tokens(OP, "q", q)
-    batch, length, heads, dim = q.shape
-    check_shape(OP, "k", k, (batch, length, heads, dim), "[B, T, H, D]")
-    check_dim(OP, "v", v, 4, "[B, T, H, Dv]")
-    value_dim = v.shape[3]
-    check_shape(OP, "v", v, (batch, length, heads, value_dim), "[B, T, H, Dv]")
-    check_head_dim(OP, "q", dim)
-    check_head_dim(OP, "v", value_dim)
-    weights = _check_weights(weights, heads, dim, value_dim)
-    momentum, decay = (torch.zeros_like(lr) if gate is None else gate for gate in (momentum, decay))
-    for name, gate in (("lr", lr), ("momentum", momentum), ("decay", decay)):
-        check_shape(OP, name, gate, (batch, length, heads), "[B, T, H]")
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"{OP}: chunk_size is {chunk_size!r}, needs an integer of at least 1")
-    if residual is None:
-        residual = len(weights) > 1
-    if residual and value_dim != dim:
-        raise ValueError(f"{OP}: residual needs Dv = D, got {value_dim} and {dim}; pass residual=False")
-    if loss not in LOSSES:
-        raise ValueError(f"{OP}: loss is {loss!r}, needs one of {', '.join(LOSSES)}")
-    if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and 0 < max_grad_norm < math.inf):
-        raise ValueError(f"{OP}: max_grad_norm is {max_grad_norm!r}, needs a number above 0, or None")
+    weights, momentum, decay, residual = check_neural_memory(
+        OP, q, k, v, lr, momentum, decay, weights, chunk_size, residual, loss, max_grad_norm
+    )
+    batch, length = q.shape[:2]
     check_cu_seqlens(OP, cu_seqlens, batch, length)
+    check_device(OP, "q", q, cu_seqlens=cu_seqlens)
     if initial_state is not None:
-        initial_state = _check_state(initial_state, weights, sequence_count(cu_seqlens, batch), chunk_size)
-    parts = () if initial_state is None else initial_state[:3]
-    layers = {f"weights[{i}]": w for i, w in enumerate(weights)}
-    held = {f"initial_state.{n}[{i}]": w for n, part in zip(NeuralMemoryState._fields, parts) for i, w in enumerate(part)}
-    check_float(OP, q=q, k=k, v=v, lr=lr, momentum=momentum, decay=decay, **layers, **held)
-    check_same(OP, "q", q, k=k, v=v)
-    check_device(OP, "q", q, lr=lr, momentum=momentum, decay=decay, cu_seqlens=cu_seqlens, **layers, **held)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    if initial_state is not None:
-        initial_state = NeuralMemoryState(
-            *(tuple(w.to(dtype) for w in part) for part in parts), initial_state.position.to(q.device, torch.int64)
+        initial_state = check_neural_memory_state(
+            OP, initial_state, weights, sequence_count(cu_seqlens, batch), chunk_size, "initial_state"
         )
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    held = ()
+    if initial_state is not None:
+        held = [w for part in initial_state[:3] for w in part]
+        parts = (tuple(w.to(dtype) for w in part) for part in initial_state[:3])
+        initial_state = NeuralMemoryState(*parts, initial_state.position.to(q.device, torch.int64))
 
     chosen = resolve_implementation(OP, implementation, q)
     options = (chunk_size, bool(residual), loss, None if max_grad_norm is None else float(max_grad_norm))
@@ -126,42 +105,81 @@ def neural_memory(
     from .kernel import neural_memory_step, neural_memory_triton
 
     if length == 1 and cu_seqlens is None and initial_state is not None and output_final_state:
-        inputs = (q, k, v, lr, momentum, decay, *held.values())
+        inputs = (q, k, v, lr, momentum, decay, *held)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
             return neural_memory_step(q, k, v, lr, momentum, decay, *options, initial_state)
     return neural_memory_triton(*arguments)
 
 
-def _check_weights(weights: Sequence[Tensor], heads: int, dim: int, value_dim: int) -> tuple[Tensor, ...]:
+def check_neural_memory(
+    op: str, q, k, v, lr, momentum, decay, weights, chunk_size, residual, loss, max_grad_norm
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor, bool]:
+    """(weights, momentum and decay with zeros for None, whether M(x) = x + MLP(x)); raises what `neural_memory` documents."""
+    check_dim(op, "q", q, 4, "[B, T, H, D]")
+    check_tokens(op, "q", q)
+    batch, length, heads, dim = q.shape
+    check_shape(op, "k", k, (batch, length, heads, dim), "[B, T, H, D]")
+    check_dim(op, "v", v, 4, "[B, T, H, Dv]")
+    value_dim = v.shape[3]
+    check_shape(op, "v", v, (batch, length, heads, value_dim), "[B, T, H, Dv]")
+    check_head_dim(op, "q", dim)
+    check_head_dim(op, "v", value_dim)
+    weights = _check_weights(op, weights, heads, dim, value_dim)
+    momentum, decay = (torch.zeros_like(lr) if gate is None else gate for gate in (momentum, decay))
+    for name, gate in (("lr", lr), ("momentum", momentum), ("decay", decay)):
+        check_shape(op, name, gate, (batch, length, heads), "[B, T, H]")
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"{op}: chunk_size is {chunk_size!r}, needs an integer of at least 1")
+    if residual is None:
+        residual = len(weights) > 1
+    if residual and value_dim != dim:
+        raise ValueError(f"{op}: residual needs Dv = D, got {value_dim} and {dim}; pass residual=False")
+    if loss not in LOSSES:
+        raise ValueError(f"{op}: loss is {loss!r}, needs one of {', '.join(LOSSES)}")
+    if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and 0 < max_grad_norm < math.inf):
+        raise ValueError(f"{op}: max_grad_norm is {max_grad_norm!r}, needs a number above 0, or None")
+    layers = {f"weights[{i}]": w for i, w in enumerate(weights)}
+    check_float(op, q=q, k=k, v=v, lr=lr, momentum=momentum, decay=decay, **layers)
+    check_same(op, "q", q, k=k, v=v)
+    check_device(op, "q", q, lr=lr, momentum=momentum, decay=decay, **layers)
+    return weights, momentum, decay, bool(residual)
+
+
+def _check_weights(op: str, weights: Sequence[Tensor], heads: int, dim: int, value_dim: int) -> tuple[Tensor, ...]:
     if isinstance(weights, Tensor) or not isinstance(weights, Sequence) or not weights:
-        raise TypeError(f"{OP}: weights must be a sequence of tensors [H, Din, Dout], got {type(weights).__name__}")
+        raise TypeError(f"{op}: weights must be a sequence of tensors [H, Din, Dout], got {type(weights).__name__}")
     have = dim
     for i, weight in enumerate(weights):
         name = f"weights[{i}]"
-        check_dim(OP, name, weight, 3, "[H, Din, Dout]")
+        check_dim(op, name, weight, 3, "[H, Din, Dout]")
         out = value_dim if i == len(weights) - 1 else weight.shape[2]
-        check_shape(OP, name, weight, (heads, have, out), "[H, Din, Dout]")
+        check_shape(op, name, weight, (heads, have, out), "[H, Din, Dout]")
         if out == 0:
-            raise ValueError(f"{OP}: {name} has shape {list(weight.shape)}: Dout must be at least 1")
+            raise ValueError(f"{op}: {name} has shape {list(weight.shape)}: Dout must be at least 1")
         have = out
     return tuple(weights)
 
 
-def _check_state(state: NeuralMemoryState, weights: tuple[Tensor, ...], count: int, chunk_size: int) -> NeuralMemoryState:
+def check_neural_memory_state(
+    op: str, state: NeuralMemoryState, weights: tuple[Tensor, ...], count: int, chunk_size: int, argument: str
+) -> NeuralMemoryState:
+    """The state of `count` sequences; raises, naming `argument`, unless it fits these weights."""
     if not isinstance(state, tuple) or len(state) != len(NeuralMemoryState._fields):
-        raise TypeError(f"{OP}: initial_state must be a NeuralMemoryState, got {type(state).__name__}")
+        raise TypeError(f"{op}: {argument} must be a NeuralMemoryState, got {type(state).__name__}")
     state = NeuralMemoryState(*state)
     for name, part in zip(NeuralMemoryState._fields, state[:3]):
         if len(part) != len(weights):
-            raise ValueError(f"{OP}: initial_state.{name} has {len(part)} layers, needs {len(weights)}")
+            raise ValueError(f"{op}: {argument}.{name} has {len(part)} layers, needs {len(weights)}")
         for i, (have, weight) in enumerate(zip(part, weights)):
-            check_shape(OP, f"initial_state.{name}[{i}]", have, (count, *weight.shape), "[N, H, Din, Dout]")
-    check_tensor(OP, "initial_state.position", state.position)
-    check_shape(OP, "initial_state.position", state.position, (count,), "[N]")
+            check_shape(op, f"{argument}.{name}[{i}]", have, (count, *weight.shape), "[N, H, Din, Dout]")
+            check_float(op, **{f"{argument}.{name}[{i}]": have})
+            check_device(op, "weights[0]", weights[0], **{f"{argument}.{name}[{i}]": have})
+    check_tensor(op, f"{argument}.position", state.position)
+    check_shape(op, f"{argument}.position", state.position, (count,), "[N]")
     if state.position.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{OP}: initial_state.position has dtype {state.position.dtype}, needs int64")
+        raise TypeError(f"{op}: {argument}.position has dtype {state.position.dtype}, needs int64")
     if state.position.device.type == "cpu" and not torch.compiler.is_compiling():  # where reading the values costs nothing
         places = state.position.tolist()
         if not all(0 <= place < chunk_size for place in places):
-            raise ValueError(f"{OP}: initial_state.position is {places[:8]}, needs 0 to chunk_size - 1 = {chunk_size - 1}")
+            raise ValueError(f"{op}: {argument}.position is {places[:8]}, needs 0 to chunk_size - 1 = {chunk_size - 1}")
     return state

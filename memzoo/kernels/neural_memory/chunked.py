@@ -14,6 +14,7 @@ Only the writes run chunk after chunk; the reads of several chunks are done at o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,10 @@ from torch import Tensor
 
 from ..common.packing import pack, unpack
 from .reference import NeuralMemoryState, read_memory
+
+# What a layer gives [N, H, L, Dout] for its input rows [N, H, L, Din], from (layer, rows, that, the weights after the last token, the token
+# [N, L] that each row belongs to).
+Mix = Callable[[int, Tensor, Tensor, tuple[Tensor, ...], Tensor], Tensor]
 
 GROUP = 16  # chunks whose states are held for one batched read
 
@@ -40,7 +45,9 @@ def neural_memory_chunked(
     initial_state: NeuralMemoryState | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
+    mix: Mix | None = None,
 ) -> tuple[Tensor, NeuralMemoryState | None]:
+    """See `neural_memory`; `mix` may change what each layer gives, for memories that are read together with others."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     total, output_dtype = q.shape[1], q.dtype
     tokens = [x.to(dtype) for x in (q, k, v, lr, momentum, decay)]
@@ -56,10 +63,10 @@ def neural_memory_chunked(
     else:
         state = initial_state
     inner = (residual, loss, max_grad_norm)
-    if total == 1 and cu_seqlens is None:
+    if total == 1 and cu_seqlens is None and mix is None:
         output, state = _one_token(*tokens, state, chunk_size, *inner)
     else:
-        output, state = _chunks(*tokens, state, position, lengths, chunk_size, *inner)
+        output, state = _chunks(*tokens, state, position, lengths, chunk_size, *inner, mix)
     if cu_seqlens is not None:
         output = pack(output, cu_seqlens, total)
     return output.to(output_dtype), state if output_final_state else None
@@ -152,7 +159,7 @@ def _masks(eta: Tensor, keep: Tensor, real: Tensor) -> tuple[Tensor, ...]:
     return mask, beta, carried, ends, kept
 
 
-def _chunks(q, k, v, lr, momentum, decay, state, position, lengths, chunk_size, residual, loss, max_grad_norm):
+def _chunks(q, k, v, lr, momentum, decay, state, position, lengths, chunk_size, residual, loss, max_grad_norm, mix):
     count, length = lr.shape[:2]
     running, surprise, opened = state.weights, state.momentum, state.start
     furthest = 0 if position is None else chunk_size - 1  # in its open chunk; more exactly where looking costs nothing
@@ -192,8 +199,9 @@ def _chunks(q, k, v, lr, momentum, decay, state, position, lengths, chunk_size, 
     # Taken apart once: the gradient of one chunk's slice would fill a tensor of all chunks.
     by_chunk = list(zip(*(x.unbind(2) for x in (k, v, theta, ends, kept, keys))))
     outputs = []
-    for first in range(0, chunks, GROUP):
-        group = range(first, min(first + GROUP, chunks))
+    together = GROUP if mix is None else chunks  # reads that are mixed may need the weights after the last chunk
+    for first in range(0, chunks, together):
+        group = range(first, min(first + together, chunks))
         held = []
         for c in group:
             start = running
@@ -218,9 +226,13 @@ def _chunks(q, k, v, lr, momentum, decay, state, position, lengths, chunk_size, 
         here = slice(group.start, group.stop)
         inputs = [k[:, :, here], *inputs]
         read = q[:, :, here]
-        for x, w, s, g in zip(inputs, weights, momentum, grads):
+        for layer, (x, w, s, g) in enumerate(zip(inputs, weights, momentum, grads)):
             rows = read if x is inputs[0] else F.gelu(read)
             read = beta[:, :, here] * (rows @ w) + carried[:, :, here] * (rows @ s) - (mask[:, :, here] * (rows @ x.mT)) @ g
+            if mix is not None:
+                at = token.expand(count, -1).clamp(0, length - 1)
+                mixed = mix(layer, rows.flatten(2, 3), read.flatten(2, 3), running, at)
+                read = mixed.unflatten(2, (chunks, size))
         outputs.append(q[:, :, here] + read if residual else read)
     output = torch.cat(outputs, 2).movedim(1, 3).flatten(1, 2)
     end = lengths if lengths is not None else torch.full((count,), length, device=q.device)
