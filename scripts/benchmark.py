@@ -148,6 +148,15 @@ def conv_inputs(shape: Shape, make, *, state: bool = False) -> Tensors:
     return tensors
 
 
+def scan_inputs(shape: Shape, make, *, state: bool = False) -> Tensors:
+    """All heads' channels side by side, with a gate in float32 as layers make it."""
+    size = (shape.batch, shape.length, shape.heads * shape.dim)
+    tensors = {"a": (make(*size).float() + 4).sigmoid(), "b": make(*size)}
+    if state:
+        tensors["initial_state"] = make(shape.batch, size[2]).float()
+    return tensors
+
+
 # Operations of the forward, counting a multiply and an add as two.
 
 
@@ -172,6 +181,10 @@ def neural_operations(shape: Shape, *, depth: int) -> float:
 
 def conv_operations(shape: Shape) -> float:
     return 8 * shape.batch * shape.length * shape.heads * shape.dim
+
+
+def scan_operations(shape: Shape) -> float:
+    return 2 * shape.batch * shape.length * shape.heads * shape.dim
 
 
 # The slice that the gate compares: one row of the batch and one head of keys, which depend on no other.
@@ -285,6 +298,14 @@ def torch_conv(case: Case, shape: Shape, tensors: Tensors):
     return call, list(own.values())
 
 
+def fla_hgrn(case: Case, shape: Shape, tensors: Tensors):
+    """flash-linear-attention's scan of HGRN, which takes the gates' logarithms."""
+    from fla.ops.hgrn import chunk_hgrn
+
+    own = [tensors["b"].detach().clone().requires_grad_(), tensors["a"].detach().log().requires_grad_()]
+    return lambda: chunk_hgrn(*own)[0], own
+
+
 FLASH_ATTN = other("flash_attn", "flash_attn_func", lambda f, t: f(t["q"], t["k"], t["v"], causal=True))
 FLA_LINEAR = other(
     "fla.ops.linear_attn", "chunk_linear_attn", lambda f, t: f(t["q"], t["k"], t["v"], scale=1.0, normalize=False)[0]
@@ -353,6 +374,13 @@ CASES = [
     Case(
         "delta_rule", "step", partial(memory_inputs, gates=("beta", "log_decay"), state=True),
         partial(memory_operations, products=3), DECODE, STEP, peers={"sdpa": sdpa}, backward=None,
+    ),
+    Case(
+        "gated_scan", "float32 gate", scan_inputs, scan_operations, STANDARD + LONG, part=some_channels,
+        peers={"sdpa": sdpa, "fla": fla_hgrn}, backward=1.5,
+    ),
+    Case(
+        "gated_scan", "step", partial(scan_inputs, state=True), scan_operations, DECODE, STEP, peers={"sdpa": sdpa}, backward=None,
     ),
     *(
         Case(
