@@ -33,7 +33,7 @@ def example(batch=2, length=11, dim=5, dtype=torch.float64, state=True, count=No
 
 @pytest.mark.parametrize("implementation", ["chunked", "triton"])
 @given(
-    batch=st.integers(1, 2), length=st.integers(2, 70), dim=st.sampled_from([1, 3, 16, 130]), state=st.booleans(),
+    batch=st.integers(1, 2), length=st.integers(2, 50), dim=st.sampled_from([1, 3, 16, 130]), state=st.booleans(),
     gates=st.sampled_from(["unit", "any"]), last=st.booleans(),
 )  # fmt: skip
 def test_forms_agree_with_the_definition(implementation, batch, length, dim, state, gates, last):
@@ -225,7 +225,7 @@ def test_finite_for_long_input():
 
 def test_many_spans_of_one_row():
     """So many that the scan over them has several groups itself."""
-    args = example(1, 700, 2, torch.float32)
+    args = example(1, 330, 2, torch.float32)
     args["a"] = args["a"].clamp(min=0.9)
     assert_grads_close(gated_scan, args, {"output_final_state": True}, "triton", against="chunked")
 

@@ -27,8 +27,7 @@ def gated_scan(
     """`h_t = a_t h_{t-1} + b_t`, each channel by itself, from h = 0 or `initial_state`.
 
     The gate a is the multiplier itself, usually from 0 to 1, but any number may stand there: nothing is divided by it and no logarithm
-    is taken, so that 0 forgets everything before it and still has its gradient. Source: Martin & Cundy 2018 (arXiv 1709.04057),
-    equation 5; the scan itself is Blelloch 1990.
+    is taken, so that 0 forgets everything before it and still has its gradient. Source: Martin & Cundy 2018 (arXiv 1709.04057).
 
     Args:
         a: gates, [B, T, D].
