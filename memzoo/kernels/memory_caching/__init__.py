@@ -43,6 +43,7 @@ def memory_caching(
     beta: Tensor | None = None,
     write_gate: Tensor | None = None,
     shift_gate: Tensor | None = None,
+    max_segments: int | None = None,
     initial_state: MemoryCachingState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -76,7 +77,10 @@ def memory_caching(
         beta: write with the delta rule instead, `M += beta k (v - M^T k)^T`, [B, T, H].
         write_gate, shift_gate: `M_t = exp(g_t) M_{t-1} + write k_t v_t^T + shift k_{t-1} v_{t-1}^T` (SWLA, Eq. 26 to 29), [B, T, H]; both
             or none. A segment that starts anew has no token before its first.
-        initial_state: a MemoryCachingState, as a call returned it.
+        max_segments: most memories that a sequence keeps cached; where one closes too many, each head drops the one that the connector of
+            the segment's last token scores lowest. Segments then run one after the other. None for no limit.
+        initial_state: a MemoryCachingState, as a call returned it. `cached` may lie on another device, such as the host's memory: with
+            "sparse" a single token then moves the chosen memories only.
         output_final_state: also return the state after the last token.
         cu_seqlens: boundaries of packed sequences, [N + 1], with B = 1; sequences may be empty.
         implementation: "triton", "chunked", "reference", or None for the one that fits the device.
@@ -107,7 +111,7 @@ def memory_caching(
     check_cu_seqlens(OP, cu_seqlens, batch, length)
     caching, routing_keys = check_caching(
         OP, segment_length, aggregation, top_k, restart, routing, q, u, k if routing_keys is None else routing_keys,
-        initial_state, output_final_state,
+        initial_state, output_final_state, max_segments,
     )  # fmt: skip
     check_float(OP, q=q, k=k, v=v, u=u, routing_keys=routing_keys, **gates)
     check_same(OP, "q", q, k=k, v=v, u=u, routing_keys=routing_keys)

@@ -9,23 +9,24 @@ from torch import Tensor
 
 from ..common.checks import check_device, check_dim, check_float, check_head_dim, check_shape
 from .routing import blocks_of
-from .state import AGGREGATIONS, LOG, ROUTINGS, Caching, MemoryCachingState, map_tensors
+from .state import AGGREGATIONS, GATED, LOG, ROUTINGS, Caching, MemoryCachingState, map_tensors
 
 MAX_TOP_K = 16
 
 
 def check_caching(
     op: str,
-    segment_length,
-    aggregation,
-    top_k,
-    restart,
-    routing,
+    segment_length: object,
+    aggregation: object,
+    top_k: object,
+    restart: object,
+    routing: object,
     like: Tensor,
     u: Tensor | None,
     keys: Tensor | None,
-    state,
+    state: MemoryCachingState | None,
     keep: bool,
+    max_segments: object,
 ) -> tuple[Caching, Tensor | None]:
     """(the options of the cache, what its descriptors pool or None); `like` is [B, T, H, ...]."""
     if segment_length != LOG and (isinstance(segment_length, bool) or not isinstance(segment_length, int) or segment_length < 1):
@@ -40,7 +41,12 @@ def check_caching(
         raise ValueError(f"{op}: top_k is {top_k!r}, needs None with aggregation {aggregation!r} ('sparse' has it)")
     if segment_length == LOG and (state is not None or keep):
         raise ValueError(f"{op}: segment_length 'log' knows no state between calls: its segments depend on the whole length")
-    caching = Caching(segment_length, aggregation, top_k, bool(restart), routing)
+    if max_segments is not None:
+        if isinstance(max_segments, bool) or not isinstance(max_segments, int) or max_segments < 1:
+            raise ValueError(f"{op}: max_segments is {max_segments!r}, needs an integer of at least 1, or None")
+        if aggregation not in GATED or segment_length == LOG:
+            raise ValueError(f"{op}: max_segments needs scores and segments of one length: {', '.join(GATED)}, and no 'log'")
+    caching = Caching(segment_length, aggregation, top_k, bool(restart), routing, max_segments)
     if not caching.scored:
         return caching, None
     if u is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..delta_rule import delta_rule
 from ..linear_attention import linear_attention
-from .mixing import Weights, gates, read_matrices
+from .mixing import Weights, gates, highest, pick, read_matrices
 from .routing import cached_scores, describe, empty_pool, online_scores
 from .state import Caching, MemoryCachingState, Pieces, map_tensors, merge_states, row_groups, rows_of
 
@@ -40,6 +40,9 @@ class Writes(Protocol):
 
     def read_cached(self, gate: Tensor, bank: Weights, readers: list[int]) -> Tensor:
         """`sum_i gate_i M_i(q)` [n, T, H, Dv] over cached memories [n, S, H, ...], for gates [n, T, H, S]."""
+
+    def after(self, state: MemoryCachingState) -> Writes:
+        """The same writes for tokens that follow those of `state`."""
 
     def next_segment(self, memory: Any) -> Any:
         """The state that the next segment starts from when it goes on where this one ended."""
@@ -108,19 +111,46 @@ def _rows(
 ) -> tuple[Tensor, MemoryCachingState]:
     """Rows that agree in everything but their tokens."""
     pieces = Pieces(length, caching.segment_length, state.position, state.count)
-    memory = state.memory
+    if caching.max_segments is None or len(pieces) == 1:
+        return _pass(writes, u, keys, caching, state, pieces)
+    outputs = []  # what a token may read depends on what was evicted before it: one segment after the other
+    for start, size in zip(pieces.starts, pieces.sizes):
+        span = (slice(None), slice(start, start + size))
+        part = writes.select((slice(None), span[1], 0, 0), True)
+        piece = Pieces(size, caching.segment_length, state.position, state.count)
+        y, state = _pass(part, u[span], keys[span], caching, state, piece)
+        writes = writes.after(state)
+        outputs.append(y)
+    return torch.cat(outputs, 1), state
+
+
+def _pass(
+    writes: Writes, u: Tensor | None, keys: Tensor | None, caching: Caching, state: MemoryCachingState, pieces: Pieces
+) -> tuple[Tensor, MemoryCachingState]:
     if caching.collapsed(writes.linear):
-        y, finals, memory, cached = _read_sum(writes, pieces, memory, caching, state)
+        y, finals, memory, cached = _read_sum(writes, pieces, state.memory, caching, state)
         pool, descriptors = None, None
     else:
-        y, finals, memory, pool, descriptors = _read_each(writes, pieces, memory, u, keys, caching, state)
-        closed = pieces.closed
-        cached = tuple(torch.cat((had, new[:, :closed]), 1) for had, new in zip(state.cached, finals))
+        y, finals, memory, pool, descriptors = _read_each(writes, pieces, state.memory, u, keys, caching, state)
+        cached = state.cached
+        if pieces.closed:
+            closed = (new[:, : pieces.closed] for new in finals)
+            cached = tuple(torch.cat((had, new.to(had.device)), 1) for had, new in zip(cached, closed))
     if pieces.position == 0:
         memory = writes.fresh(_rows_in(state)) if caching.restart else writes.next_segment(memory)
-    return y, MemoryCachingState(
-        memory, cached, pool, descriptors, pieces.position, state.count + pieces.closed, writes.previous(pieces, caching.restart)
-    )
+    count = state.count + pieces.closed
+    if caching.max_segments is not None and count > caching.max_segments:
+        kept = _kept(caching, u[:, -1], descriptors)
+        cached, descriptors, count = tuple(pick(part, kept) for part in cached), pick(descriptors, kept), caching.max_segments
+    previous = writes.previous(pieces, caching.restart)
+    return y, MemoryCachingState(memory, cached, pool, descriptors, pieces.position, count, previous)
+
+
+def _kept(caching: Caching, u: Tensor, descriptors: Tensor) -> Tensor:
+    """The slots [n, H, S] that stay, in order, when the cache is full: a head drops the segments that the last token u [n, H, R] scores
+    lowest."""
+    scores = cached_scores(caching.routing, u[:, None], descriptors, [0] * descriptors.shape[1])[:, 0]
+    return highest(scores, caching.max_segments).sort(-1).values
 
 
 def _rows_in(state: MemoryCachingState) -> int:
@@ -144,13 +174,16 @@ def _read_sum(writes: Writes, pieces: Pieces, memory: Any, caching: Caching, sta
 
 def _read_each(writes: Writes, pieces: Pieces, memory: Any, u, keys, caching: Caching, state: MemoryCachingState):
     readers = pieces.readers()
-    pool = descriptors = online = gate = None
+    pool = descriptors = online = chosen = None
     if caching.scored:
         online, pools = online_scores(caching.routing, u, keys, state.pooled, pieces)
         closing = [describe(caching.routing, pools[:, j], size)[:, None] for j, size in enumerate(pieces.segments)]
         known = torch.cat((state.descriptors, *closing), 1)
         scores = cached_scores(caching.routing, u, known[:, : len(readers)], readers)
-        online, gate = gates(online, scores, caching.top_k if caching.aggregation == "sparse" else None)
+        if caching.aggregation == "sparse" and pieces.length == 1 and len(readers) > caching.top_k:
+            chosen = highest(scores[:, 0], caching.top_k)  # a single token: nothing but the chosen memories is touched
+            scores, readers = scores.gather(-1, chosen[:, None]), [0] * caching.top_k
+        online, gate = gates(online, scores, caching.top_k)
         descriptors = known[:, : state.count + pieces.closed]
         pool = pools[:, -1] if pieces.position else torch.zeros_like(state.pooled)
     else:  # residual reads of memories that are not linear
@@ -164,7 +197,11 @@ def _read_each(writes: Writes, pieces: Pieces, memory: Any, u, keys, caching: Ca
         if online is not None:
             y = online[..., None] * y
         if readers:
-            bank = tuple(torch.cat((had, new[:, :-1]), 1) for had, new in zip(state.cached, finals))
+            if chosen is not None:
+                bank = tuple(pick(had, chosen) for had in state.cached)
+            else:
+                cached = (had.to(y.device) for had in state.cached)
+                bank = tuple(torch.cat((had, new[:, :-1]), 1) for had, new in zip(cached, finals))
             y = y + writes.read_cached(gate, bank, readers)
     return y, finals, memory, pool, descriptors
 
@@ -231,6 +268,9 @@ class MatrixWrites:
 
     def weights(self, memory: Tensor) -> Weights:
         return (memory,)
+
+    def after(self, state: MemoryCachingState) -> MatrixWrites:
+        return replace(self, last=state.previous)
 
     def next_segment(self, memory: Tensor) -> Tensor:
         return memory

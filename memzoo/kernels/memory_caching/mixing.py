@@ -18,14 +18,25 @@ def gates(online: Tensor, cached: Tensor, top_k: int | None) -> tuple[Tensor, Te
     Args:
         online: scores of the open segment, [n, T, H].
         cached: scores of the cached memories, [n, T, H, S]; -inf where unread.
-        top_k: cached memories that a token reads, those of the highest scores, the earlier one where two are equal; None for all.
+        top_k: cached memories that a token reads, those of the highest scores; None for all.
     """
     if top_k is not None and cached.shape[-1] > top_k:
-        order = cached.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-        chosen = torch.zeros_like(cached, dtype=torch.bool).scatter_(-1, order, True)
+        chosen = torch.zeros_like(cached, dtype=torch.bool).scatter_(-1, highest(cached, top_k), True)
         cached = cached.masked_fill(~chosen, -torch.inf)
     both = torch.cat((online[..., None], cached), -1).softmax(-1)
     return both[..., 0], both[..., 1:]
+
+
+def highest(scores: Tensor, top_k: int) -> Tensor:
+    """Places of the `top_k` highest scores, [..., top_k]; of equal ones the earlier comes first."""
+    return scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+
+
+def pick(bank: Tensor, slots: Tensor) -> Tensor:
+    """The memories in `slots` [n, H, K] of a cache [n, S, H, ...], [n, K, H, ...]; the cache may lie on another device than the slots."""
+    at = slots.transpose(1, 2).to(bank.device)
+    rows = torch.arange(bank.shape[0], device=bank.device)[:, None, None]
+    return bank[rows, at, torch.arange(bank.shape[2], device=bank.device)].to(slots.device)
 
 
 def read_each(read: Read, q: Tensor, gate: Tensor, cached: Weights, readers: list[int]) -> Tensor | float:
@@ -48,6 +59,9 @@ def read_each(read: Read, q: Tensor, gate: Tensor, cached: Weights, readers: lis
 
 def read_matrices(q: Tensor, gate: Tensor, bank: Tensor, readers: list[int]) -> Tensor:
     """The same for matrices [n, S, H, D, Dv], whose gates may go to the queries instead: sum_i (gate_i q) M_i."""
+    if q.shape[2] == 1:
+        reads = (q[:, None] @ bank)[..., 0, :]  # [n, S, H, Dv]
+        return (reads * gate[:, 0].transpose(1, 2)[..., None]).sum(1)[:, :, None]
     return _LinearReads.apply(q, gate.transpose(1, 2), bank, tuple(readers))
 
 

@@ -102,11 +102,13 @@ def caching_reference(
                 if caching.scored:
                     pools.append((pool, size))
                     pool = torch.zeros_like(pool)
+                if caching.max_segments is not None and len(cached) > caching.max_segments:
+                    cached, pools = _evict(caching, cached, pools, u[row, t][None])
                 if caching.collapsed(memory.linear):
                     cached = [tuple(sum(parts) for parts in zip(*cached))]
                 online = memory.fresh() if caching.restart else memory.carry(online)
                 previous = memory.before() if caching.restart else previous
-                position, count = 0, count + 1
+                position, count = 0, min(count + 1, caching.max_segments or count + 1)
         states.append(_end(memory, caching, u, online, cached, pool, pools, position, count, previous))
     return torch.cat(outputs), merge_states(states)
 
@@ -125,6 +127,20 @@ def _gated(memory: Memory, caching: Caching, weights: Weights, cached: list[Weig
         )
         return memory.read(mixed, row, t)
     return sum(g[..., None] * memory.read(w, row, t) for g, w in zip(gates, memories))
+
+
+def _evict(caching: Caching, cached: list[Weights], pools: list[tuple[Tensor, int]], u: Tensor) -> tuple[list, list]:
+    """The cache without the segment that u [1, H, R] scores lowest (the latest of equal ones), each head by itself."""
+    scores = torch.stack([score(caching.routing, u, pool, size, size) for pool, size in pools], -1)
+    drop = scores.shape[-1] - 1 - scores.flip(-1).argmin(-1)  # [1, H]
+
+    def without(parts: list[Tensor]) -> list[Tensor]:
+        dropped = drop.reshape(*drop.shape, *(1,) * (parts[0].dim() - 2))
+        return [torch.where(dropped > i, first, second) for i, (first, second) in enumerate(pairwise(parts))]
+
+    sizes = [size for _, size in pools[1:]]
+    kept = zip(*(without(list(part)) for part in zip(*cached)))
+    return list(kept), list(zip(without([pool for pool, _ in pools]), sizes))
 
 
 def _empty(routing: str, u: Tensor) -> Tensor:

@@ -53,10 +53,10 @@ def online_scores(routing: str, u: Tensor, k: Tensor, pool: Tensor, pieces: Piec
         u, k: connectors and routing keys, [n, T, H, R].
         pool: of the open segment before the first token, [n, H, rows, R].
     """
-    u, k = pieces.split(u), pieces.split(k)  # [n, P, places, H, R]
     fresh = torch.zeros_like(pool)[:, None].expand(-1, len(pieces) - 1, *pool.shape[1:])
     carried = torch.cat((pool[:, None], fresh), 1)  # [n, P, H, rows, R]
     if routing == "energy":
+        u, k = pieces.split(u), pieces.split(k)
         flat = [x.flatten(0, 1) for x in (u, k, carried)]
         read, pools = linear_attention(
             flat[0], flat[1], flat[1], initial_state=flat[2], output_final_state=True, implementation="chunked"
@@ -64,6 +64,9 @@ def online_scores(routing: str, u: Tensor, k: Tensor, pool: Tensor, pieces: Piec
         score = (read * flat[0]).sum(-1).unflatten(0, u.shape[:2])
         return pieces.join(score), pools.unflatten(0, u.shape[:2])
     blocks = blocks_of(routing)
+    if pieces.length == 1:
+        return _one_score(u, k, pool, pieces.first, block_size(pieces.segments[0], blocks))
+    u, k = pieces.align(u), pieces.align(k)  # [n, P, places, H, R]
     scores, pools = [], []
     # Segments of one size have their sub-blocks in the same places.
     for size in dict.fromkeys(pieces.segments):
@@ -73,7 +76,16 @@ def online_scores(routing: str, u: Tensor, k: Tensor, pool: Tensor, pieces: Piec
         scores.append((which, score))
         pools.append((which, pooled))
     score, pooled = (_in_order(parts) for parts in (scores, pools))
-    return pieces.join(score), pooled
+    return pieces.unalign(score), pooled
+
+
+def _one_score(u: Tensor, k: Tensor, pool: Tensor, place: int, size: int) -> tuple[Tensor, Tensor]:
+    """As `_block_scores`, of the one token at `place`, with nothing but products of what is there."""
+    block = place // size
+    pool = torch.cat((pool[:, :, :block], pool[:, :, block : block + 1] + k[:, 0, :, None], pool[:, :, block + 1 :]), 2)
+    counts = pool.new_tensor([size] * block + [place % size + 1])
+    scores = (pool[:, :, : block + 1] @ u[:, 0, :, :, None])[..., 0] / counts
+    return scores.amax(-1)[:, None], pool[:, None]
 
 
 def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:

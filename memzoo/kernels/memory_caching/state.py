@@ -46,6 +46,7 @@ class Caching:
     top_k: int | None
     restart: bool
     routing: str
+    max_segments: int | None = None
 
     @property
     def scored(self) -> bool:
@@ -108,6 +109,15 @@ class Pieces:
         return rows.flatten()
 
     def split(self, x: Tensor) -> Tensor:
+        """[n, T, ...] to [n, P, L, ...]: one piece a row of the second axis, zeros where a piece has no token. Two pieces and more lie at
+        their tokens' places in the segment; one piece is taken as it is."""
+        return x[:, None] if len(self) == 1 else self.align(x)
+
+    def join(self, x: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        return x[:, 0] if len(self) == 1 else self.unalign(x)
+
+    def align(self, x: Tensor) -> Tensor:
         """[n, T, ...] to [n, P, places, ...]: a token stands at its place in its segment; zeros where there is none."""
         rest = (0, 0) * (x.dim() - 2)
         if self.log:
@@ -117,8 +127,8 @@ class Pieces:
             x = F.pad(x, (*rest, self.first, after))
         return x.unflatten(1, (len(self), self.places))
 
-    def join(self, x: Tensor) -> Tensor:
-        """[n, P, places, ...] to [n, T, ...]: the inverse of `split`."""
+    def unalign(self, x: Tensor) -> Tensor:
+        """[n, P, places, ...] to [n, T, ...]: the inverse of `align`."""
         x = x.flatten(1, 2)
         if self.log:
             index = self._index(x.device)

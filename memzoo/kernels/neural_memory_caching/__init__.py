@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common.checks import check_cu_seqlens, check_device, check_float, check_same, check_tensor, sequence_count
+from ..common.checks import check_cu_seqlens, check_device, check_float, check_same, sequence_count
 from ..common.dispatch import resolve_implementation
 from ..memory_caching.checks import check_caching, check_state
 from ..memory_caching.chunked import caching_chunked
 from ..memory_caching.reference import caching_reference
-from ..memory_caching.state import LOG, MemoryCachingState, map_tensors
+from ..memory_caching.state import MemoryCachingState, map_tensors
 from ..neural_memory import NeuralMemoryState, check_neural_memory, check_neural_memory_state
 from .chunked import NeuralWrites
 from .reference import cached_neural_memory
@@ -43,6 +43,7 @@ def neural_memory_caching(
     routing: str = "mean",
     routing_keys: Tensor | None = None,
     start: NeuralMemoryState | None = None,
+    max_segments: int | None = None,
     initial_state: MemoryCachingState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -72,11 +73,11 @@ def neural_memory_caching(
     weights, momentum, decay, residual = check_neural_memory(
         OP, q, k, v, lr, momentum, decay, weights, chunk_size, residual, loss, max_grad_norm
     )
-    batch, length, heads, _ = q.shape
+    batch, length = q.shape[:2]
     check_cu_seqlens(OP, cu_seqlens, batch, length)
     caching, routing_keys = check_caching(
         OP, segment_length, aggregation, top_k, restart, routing, q, u, k if routing_keys is None else routing_keys,
-        initial_state, output_final_state,
+        initial_state, output_final_state, max_segments,
     )  # fmt: skip
     check_float(OP, q=q, k=k, v=v, u=u, routing_keys=routing_keys)
     check_same(OP, "q", q, k=k, v=v, u=u, routing_keys=routing_keys)
@@ -93,7 +94,9 @@ def neural_memory_caching(
     by_layer = caching.aggregation in ("soup", "average")
     if chosen == "triton" and by_layer:
         if implementation is not None:
-            raise ValueError(f"{OP}: implementation 'triton' has no aggregation {aggregation!r}; use 'chunked', which runs on any device")
+            raise ValueError(
+                f"{OP}: implementation 'triton' has no aggregation {aggregation!r}; use 'chunked', which runs on any device"
+            )
         chosen = "chunked"
     # The online memory's kernels take half types as they are; everything else is worked out in float32.
     tokens = [x.to(dtype) for x in (q, k, v, lr, momentum, decay)]

@@ -44,6 +44,9 @@ class NeuralWrites:
     def weights(self, memory: NeuralMemoryState) -> Weights:
         return memory.weights
 
+    def after(self, state) -> NeuralWrites:
+        return self
+
     def next_segment(self, memory: NeuralMemoryState) -> NeuralMemoryState:
         """Weights and momentum go on; a segment begins a chunk."""
         return NeuralMemoryState(memory.weights, memory.momentum, memory.weights, torch.zeros_like(memory.position))
@@ -54,9 +57,7 @@ class NeuralWrites:
     def previous(self, pieces: Pieces, restart: bool) -> None:
         return None
 
-    def run(
-        self, pieces: Pieces, memory: NeuralMemoryState, restart: bool, mix=None
-    ) -> tuple[Tensor, Weights, NeuralMemoryState]:
+    def run(self, pieces: Pieces, memory: NeuralMemoryState, restart: bool, mix=None) -> tuple[Tensor, Weights, NeuralMemoryState]:
         if restart:
             return self._pieces(pieces, slice(0, len(pieces)), memory, mix, None)
         outputs, finals = [], None

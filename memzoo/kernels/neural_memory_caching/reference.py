@@ -38,6 +38,8 @@ def cached_neural_memory(
         write=write,
         weights=lambda state: state.weights,
         read=lambda weights, row, t: read_memory(weights, q[row, t][None, :, None], options[1])[:, :, 0],
-        carry=lambda state: NeuralMemoryState(state.weights, state.momentum, state.weights, map_tensors(state.position, torch.zeros_like)),
+        carry=lambda state: NeuralMemoryState(
+            state.weights, state.momentum, state.weights, map_tensors(state.position, torch.zeros_like)
+        ),
         linear=False,
     )

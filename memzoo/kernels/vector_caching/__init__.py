@@ -28,6 +28,7 @@ def vector_caching(
     aggregation: str = "gated",
     top_k: int | None = None,
     routing: str = "mean",
+    max_segments: int | None = None,
     initial_state: MemoryCachingState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -57,7 +58,7 @@ def vector_caching(
     batch, length = h.shape[:2]
     check_cu_seqlens(OP, cu_seqlens, batch, length)
     caching, keys = check_caching(
-        OP, segment_length, aggregation, top_k, True, routing, h, u, keys, initial_state, output_final_state
+        OP, segment_length, aggregation, top_k, True, routing, h, u, keys, initial_state, output_final_state, max_segments
     )
     check_float(OP, h=h, keys=keys, u=u)
     check_same(OP, "h", h, keys=keys, u=u)
@@ -66,7 +67,9 @@ def vector_caching(
         count = sequence_count(cu_seqlens, batch)
         initial_state = check_state(OP, initial_state, caching, True, count, [tuple(h.shape[2:])], u, h)
     if implementation == "triton":
-        raise ValueError(f"{OP}: implementation 'triton' does not exist, a vector's reads are products; use 'chunked' on any device")
+        raise ValueError(
+            f"{OP}: implementation 'triton' does not exist, a vector's reads are products; use 'chunked' on any device"
+        )
     dtype = torch.promote_types(h.dtype, torch.float32)
     states, u, keys = (None if x is None else x.to(dtype) for x in (h, u, keys))
     arguments = (u, keys, caching, (batch, length), initial_state)

@@ -28,6 +28,9 @@ class VectorWrites:
     def weights(self, memory: Tensor) -> Weights:
         return (memory,)
 
+    def after(self, state) -> VectorWrites:
+        return self
+
     def next_segment(self, memory: Tensor) -> Tensor:
         return memory
 
