@@ -7,9 +7,13 @@ from .gated_scan import gated_scan
 from .gru import gru
 from .linear_attention import linear_attention
 from .lstm import lstm
+from .memory_caching import MemoryCachingState, memory_caching
 from .neural_memory import NeuralMemoryState, neural_memory
+from .neural_memory_caching import neural_memory_caching
+from .vector_caching import vector_caching
 
 __all__ = [
+    "MemoryCachingState",
     "NeuralMemoryState",
     "attention",
     "causal_conv1d",
@@ -19,5 +23,8 @@ __all__ = [
     "linear_attention",
     "linked_attention",
     "lstm",
+    "memory_caching",
     "neural_memory",
+    "neural_memory_caching",
+    "vector_caching",
 ]

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import NeuralMemoryState, neural_memory
+from ..kernels import NeuralMemoryState, neural_memory, neural_memory_caching
 from ..kernels.common.packing import pack, unpack
 from ..kernels.neural_memory import read_memory
+from .caching import CacheOptions, Router, load_cache, save_cache
 from .convolution import ShortConvolution
 from .flops import projection_flops
 from .gate import Gate
@@ -63,6 +64,8 @@ class NeuralMemory(nn.Module):
         output_gate: multiply the normalised read by SiLU of a projection of the input.
         bias: biases on the projections.
         norm_eps: of the norm after the read.
+        caching: keep the memories of earlier segments and read them too (Memory Caching); None for one memory.
+        routing_dim: width of the descriptors that segments are scored by; None for head_dim.
     """
 
     def __init__(
@@ -88,6 +91,8 @@ class NeuralMemory(nn.Module):
         output_gate: bool = True,
         bias: bool = False,
         norm_eps: float = 1e-6,
+        caching: CacheOptions | None = None,
+        routing_dim: int | None = None,
     ):
         super().__init__()
         self.num_heads, self.head_dim, self.chunk_size, self.lr_max = num_heads, head_dim, chunk_size, lr_max
@@ -108,6 +113,9 @@ class NeuralMemory(nn.Module):
         self.persistent = nn.Parameter(torch.empty(persistent, hidden_size)) if persistent else None
         self.output_norm = nn.RMSNorm(head_dim, eps=norm_eps)
         self.gate_proj = nn.Linear(hidden_size, width, bias=bias) if output_gate else None
+        self.caching = caching
+        scored = caching is not None and caching.scored
+        self.router = Router(hidden_size, num_heads, head_dim, caching.routing, routing_dim) if scored else None
         self.watching = False
         self.observed: dict[str, Tensor] | None = None
         for part in self.modules():
@@ -116,20 +124,25 @@ class NeuralMemory(nn.Module):
 
     def forward(self, x: Tensor, layout: TokenLayout | None = None, state: LayerState | None = None) -> Tensor:
         layout = dense_layout(x) if layout is None else layout
-        if self.persistent is not None and (state is None or state.get("position") is None):
+        first = state is None or state.get("position") is None
+        written = self._persistent_state() if self.persistent is not None and (first or self.caching is not None) else None
+        if written is not None and first:
             count = x.shape[0] if layout.cu_seqlens is None else layout.cu_seqlens.numel() - 1
             state = LayerState() if state is None else state
-            self._write_persistent(state, count)
-        return self._output(self._write_and_read(x, layout, state), x)
+            for name, value in written.fixed.items():
+                state.set(name, value.expand(count, *value.shape[1:]))
+        return self._output(self._write_and_read(x, layout, state, written), x)
 
-    def _write_persistent(self, state: LayerState, count: int) -> None:
-        """Make `state` what it is after the persistent vectors: the same for each of `count` sequences."""
+    def _persistent_state(self) -> LayerState:
+        """The state of one sequence after the persistent vectors."""
         written, x = LayerState(), torch.stack([self.persistent])
-        self._write_and_read(x, dense_layout(x), written, watching=False)
-        for name, value in written.fixed.items():
-            state.set(name, value.expand(count, *value.shape[1:]))
+        self._write_and_read(x, dense_layout(x), written, None, plain=True)
+        return written
 
-    def _write_and_read(self, x: Tensor, layout: TokenLayout, state: LayerState | None, watching: bool = True) -> Tensor:
+    def _write_and_read(
+        self, x: Tensor, layout: TokenLayout, state: LayerState | None, start: LayerState | None, plain: bool = False
+    ) -> Tensor:
+        """Reads of every token [B, T, num_heads, head_dim]; `start` is what segments start from, `plain` leaves the cache out."""
         q = self.queries(x, layout, state)
         k = F.normalize(wide(self._project("k", self.k_proj(x), layout, state)), dim=-1).to(x.dtype)
         v = self._project("v", self.v_proj(x), layout, state)
@@ -137,14 +150,49 @@ class NeuralMemory(nn.Module):
         momentum = None if self.momentum_proj is None else wide(self.momentum_proj(x)).sigmoid()
         decay = None if self.decay_proj is None else wide(self.decay_proj(x)).sigmoid()
         held = None if state is None else self.held(state)
-        if self.watching and watching:
+        if self.caching is not None and not plain:
+            return self._many_memories(x, q, k, v, lr, momentum, decay, held, layout, state, start)
+        if self.watching and not plain:
             self._observe(k, v, lr, momentum, decay, held, layout)
         y, last = self._operator(q, k, v, lr, momentum, decay, held, state is not None, layout.cu_seqlens)
         if state is not None:
-            for part, layers in zip(last._fields, last[:3]):
-                for i, layer in enumerate(layers):
-                    state.set(f"{part}_{i}", layer)
-            state.set("position", last.position)
+            self._keep(state, last)
+        return y
+
+    def _keep(self, state: LayerState, memory: NeuralMemoryState) -> None:
+        for part, layers in zip(memory._fields, memory[:3]):
+            for i, layer in enumerate(layers):
+                state.set(f"{part}_{i}", layer)
+        state.set("position", memory.position)
+
+    def _many_memories(self, x, q, k, v, lr, momentum, decay, held, layout, state, start) -> Tensor:
+        if self.watching:
+            raise ValueError("NeuralMemory: watching shows one memory, not a cache of them; watch a model without caching")
+        u, keys = (None, None) if self.router is None else self.router(x, q, k)
+        cache = None if state is None else load_cache(state, held, len(self.memory))
+        y, last = neural_memory_caching(
+            q,
+            k,
+            v,
+            u,
+            lr,
+            momentum,
+            decay,
+            tuple(self.memory),
+            chunk_size=self.chunk_size,
+            residual=self.residual,
+            loss=self.loss,
+            max_grad_norm=self.max_grad_norm,
+            **self.caching.arguments(),
+            routing_keys=keys,
+            start=None if start is None else self.held(start),
+            initial_state=cache,
+            output_final_state=state is not None and self.caching.segment_length != "log",
+            cu_seqlens=layout.cu_seqlens,
+        )
+        if last is not None:
+            self._keep(state, last.memory)
+            save_cache(state, last, self.caching.offload)
         return y
 
     def _operator(self, q, k, v, lr, momentum, decay, held, keep, cu_seqlens) -> tuple[Tensor, NeuralMemoryState | None]:
@@ -246,8 +294,12 @@ class NeuralMemory(nn.Module):
         return [weight.numel() for weight in self.memory]
 
     def state_bytes(self, length: int, itemsize: int) -> int:
-        """Bytes kept for one sequence, whatever its length: weights, momentum and the chunk's first weights in float32, and the place."""
+        """Bytes kept for one sequence: weights, momentum and the chunk's first weights in float32, and the place; with a cache, the weights
+        once more for every closed segment."""
         held = 3 * 4 * sum(self._sizes()) + 8
+        if self.caching is not None:
+            size = 0 if self.router is None else self.router.size
+            held += self.caching.state_bytes(length, self.num_heads, sum(self._sizes()) // self.num_heads, size, linear=False)
         return held + sum(convolution.state_bytes(itemsize) for convolution in self.convolutions.values())
 
     def flops_per_token(self, length: int) -> float:
@@ -258,7 +310,12 @@ class NeuralMemory(nn.Module):
         token = projection_flops(self) + convolved + 2 * (3 * sum(sizes) + sum(sizes[1:]))
         output = sum(2 * part.weight.numel() for part in (self.o_proj, self.gate_proj) if part is not None)
         persistent = 0 if self.persistent is None else self.persistent.shape[0]
-        return token + persistent * (token - output) / length
+        cached = 0.0
+        if self.caching is not None:
+            size = 0 if self.router is None else self.router.size
+            cached = self.caching.flops(length, self.num_heads, 2 * sum(sizes) / self.num_heads, size)
+            cached += 0 if self.router is None else self.router.flops_per_token()
+        return token + persistent * (token - output) / length + cached
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, layers={len(self.memory)}, chunk_size={self.chunk_size}, residual={self.residual}"

@@ -20,6 +20,7 @@ class LayerState:
         self.rows: dict[str, Tensor] = {}
         self.pad: Tensor | None = None  # rows before each sequence's first, [B]; None if all are 0
         self.open: int | Tensor = 0  # tokens in the open segment, where a memory has segments: one number while all agree, else [B]
+        self.closed: int | Tensor = 0  # memories of closed segments that are cached, counted likewise
 
     def get(self, name: str) -> Tensor | None:
         """The state of fixed size under this name, or None before the first call."""
@@ -88,7 +89,7 @@ class LayerState:
         return full
 
     def tensors(self) -> list[Tensor]:
-        counts = [t for t in (self.pad, self.open) if isinstance(t, Tensor)]
+        counts = [t for t in (self.pad, self.open, self.closed) if isinstance(t, Tensor)]
         return [*self.fixed.values(), *self.rows.values(), *counts]
 
     def apply(self, change) -> None:
@@ -99,6 +100,8 @@ class LayerState:
             self.pad = change(self.pad)
         if isinstance(self.open, Tensor):
             self.open = change(self.open)
+        if isinstance(self.closed, Tensor):
+            self.closed = change(self.closed)
 
     def bytes(self) -> int:
         """Bytes held, of the whole batch."""

@@ -51,6 +51,19 @@ _BESIDE_ATTENTION = {
 }
 _DELTA = {"feature_map": "identity", "conv_width": 4, "output_norm": True}
 
+# Memory caching: the paper's pairs of memory and aggregation, and ours. Segments of 256 are the paper's.
+_CACHED = {
+    **{f"linear-{way}": {"aggregation": way} for way in ("residual", "gated", "sparse")},
+    **{f"swla-{way}": {"memory": "swla", "aggregation": way} for way in ("gated", "sparse")},
+    **{f"dla-{way}": {"memory": "dla", "aggregation": way} for way in ("gated", "soup", "sparse")},
+    **{f"titans-{way}": {"memory": "titans", "aggregation": way} for way in ("gated", "soup", "sparse")},
+    "titans-log": {"memory": "titans", "segmentation": "log"},  # the paper's Log-Linear++
+    **{f"{cell.replace('_', '-')}-gated": {"memory": cell} for cell in ("lstm", "gru", "gated_linear")},
+    "linear-energy": {"routing": "energy"},
+    "delta-energy": {"memory": "delta", "routing": "energy"},
+}
+_SHORT_SEGMENTS = {"segment_length": 32, "chunk_size": 16}
+
 # Family: model type, what it adds to every size, and what it changes in single sizes.
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "sdnc": ("sdnc", {}, {}),
@@ -64,6 +77,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "linear-transformer-gated-delta": ("linear_transformer", {**_DELTA, "write_rule": "gated_delta", "output_gate": True}, {}),
     "titans-lmm": ("titans", {"variant": "lmm"}, {"tiny": _SHORT}),
     **{f"titans-{variant}": ("titans", {"variant": variant}, _BESIDE_ATTENTION) for variant in ("mac", "mag", "mal")},
+    **{f"mc-{name}": ("mc_rnn", fields, {"tiny": _SHORT_SEGMENTS}) for name, fields in _CACHED.items()},
 }
 
 

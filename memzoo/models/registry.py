@@ -39,6 +39,7 @@ ARCHITECTURES = (
     Architecture("sdnc", "SDNC"),
     Architecture("linear_transformer", "LinearTransformer"),
     Architecture("titans", "Titans"),
+    Architecture("mc_rnn", "MemoryCaching"),
 )
 
 

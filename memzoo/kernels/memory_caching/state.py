@@ -160,6 +160,39 @@ def rows_of(x: Tensor | None, group: tuple[slice, slice, int, int], packed: bool
     return x[:, tokens] if packed else x[sequences]
 
 
+class PieceTable(NamedTuple):
+    """The pieces of a call as packed sequences, for a recurrence that starts anew with every segment.
+
+    cu_pieces: token boundaries of the pieces, [P + 1]. first, last: each sequence's first and last piece, -1 where it has no token in this
+    call. position: its tokens in the open segment after the call.
+    """
+
+    cu_pieces: list[int]
+    first: list[int]
+    last: list[int]
+    position: list[int]
+
+
+def piece_table(
+    batch: int, length: int, cu_seqlens: Tensor | None, segment_length: int | str, position: int | Tensor
+) -> PieceTable:
+    """How the tokens of a call [B, T], or packed, fall into pieces; waits for the device where boundaries or positions are tensors on it."""
+    bounds, first, last, after = [0], [], [], []
+    for sequences, tokens, begin, _ in row_groups(batch, length, cu_seqlens, position, 0):
+        count = tokens.stop - tokens.start
+        for _ in range(sequences.stop - sequences.start):
+            if count == 0:
+                first.append(-1), last.append(-1), after.append(begin)
+                continue
+            pieces = Pieces(count, segment_length, begin, 0)
+            first.append(len(bounds) - 1)
+            for size in pieces.sizes:
+                bounds.append(bounds[-1] + size)
+            last.append(len(bounds) - 2)
+            after.append(pieces.position)
+    return PieceTable(bounds, first, last, after)
+
+
 def merge_states(states: Sequence[MemoryCachingState]) -> MemoryCachingState:
     """One state of several groups' sequences; caches of different sizes are filled with zeros."""
     if len(states) == 1:

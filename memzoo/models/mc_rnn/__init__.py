@@ -1,0 +1,1 @@
+"""Memory Caching: recurrent models whose memory grows by one cached state a segment."""
