@@ -77,6 +77,7 @@ BACKWARD_BANK = {
         (128, 90): (64, 128, 8, 1), (256, 90): (32, 32, 8, 1),
     }),
 }  # fmt: skip
+OWN = _table({(256, 80): (16, 256, 4, 1)})
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -87,6 +88,15 @@ def _tile(x, origin, H: tl.constexpr, r, columns, inside, D: tl.constexpr, BD: t
     if D % BD:
         mask = mask & (columns < D)[None, :]
     return tl.load(x + origin * D + (r[:, None] * (H * D) + columns[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def _transposed(x, origin, H: tl.constexpr, r, columns, inside, D: tl.constexpr, BD: tl.constexpr):
+    """The same with tokens along the columns."""
+    mask = inside[None, :]
+    if D % BD:
+        mask = mask & (columns < D)[:, None]
+    return tl.load(x + origin * D + (r[None, :] * (H * D) + columns[:, None]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -215,16 +225,33 @@ def _forward_kernel(
     tl.store(place, acc.to(y.dtype.element_ty), mask=inside[:, None] & (columns < DV)[None, :])
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _own_kernel(
+    online, online_score, y, lse, dy, delta, donline, donline_score, rows, DV: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr
+):
+    """delta [rows], and what goes to each token's own segment, for BM of the tokens and heads."""
+    r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    columns = tl.arange(0, BC)
+    inside = r < rows
+    place = r[:, None] * DV + columns[None, :]
+    mask = inside[:, None] & (columns < DV)[None, :]
+    grad = tl.load(dy + place, mask=mask, other=0.0).to(tl.float32)
+    slope = tl.sum(grad * tl.load(y + place, mask=mask, other=0.0).to(tl.float32), 1)
+    own = tl.sum(grad * tl.load(online + place, mask=mask, other=0.0).to(tl.float32), 1)
+    weight = tl.exp2(tl.load(online_score + r, mask=inside, other=0.0) * LOG2E - tl.load(lse + r, mask=inside, other=0.0))
+    tl.store(delta + r, slope, mask=inside)
+    tl.store(donline_score + r, weight * (own - slope), mask=inside)
+    tl.store(donline + place, (grad * weight[:, None]).to(donline.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["blocks", "tokens"])
 def _backward_queries_kernel(
-    q, u, online, online_score, bank, descriptors, y, lse, dy, delta, dq, du, donline, donline_score, cu_pieces, chunks, first, count,
-    blocks, tokens,
+    q, u, bank, descriptors, lse, dy, delta, dq, du, cu_pieces, chunks, first, count, blocks, tokens,
     ROUTING: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """dq for a block of one piece's tokens and a tile of its columns, that tile's part of du [tiles, tokens, H, R], delta [tokens, H],
-    and what goes to the token's own segment."""
+    """dq for a block of one piece's tokens and a tile of its columns, and that tile's part of du [tiles, tokens, H, R]."""
     tile, h, begin, length, entry, n = _block(cu_pieces, chunks, first, count, blocks, BM, (DK + BC - 1) // BC)
     if length <= 0:
         return
@@ -235,20 +262,7 @@ def _backward_queries_kernel(
     origin = begin * H + h
     rows = tile * BC + tl.arange(0, BC)
     columns = tl.arange(0, BV)
-    grad = _tile(dy, origin, H, r, columns, inside, DV, BV)
-    if ROUTING != "none":
-        norm = tl.load(lse + origin + r * H, mask=inside, other=0.0)
-        slope = tl.sum(grad.to(tl.float32) * _tile(y, origin, H, r, columns, inside, DV, BV).to(tl.float32), 1)
-        kept = tl.exp2(tl.load(online_score + origin + r * H, mask=inside, other=0.0) * LOG2E - norm)
-        own = tl.sum(grad.to(tl.float32) * _tile(online, origin, H, r, columns, inside, DV, BV).to(tl.float32), 1)
-        mine = r + tile * BM < length  # of the first tile only
-        tl.store(delta + origin + r * H, slope, mask=mine)
-        tl.store(donline_score + origin + r * H, kept * (own - slope), mask=mine)
-        place = donline + origin * DV + (r[:, None] * (H * DV) + columns[None, :])
-        own_grad = (grad.to(tl.float32) * kept[:, None]).to(donline.dtype.element_ty)
-        tl.store(place, own_grad, mask=mine[:, None] & (columns < DV)[None, :])
-        slope = tl.where(tile == 0, slope, 0.0)  # each tile has its part of q . (dy M^T); one of them takes delta off
-    grad = grad.to(TYPE)
+    grad = _tile(dy, origin, H, r, columns, inside, DV, BV).to(TYPE)
     result = tl.zeros((BM, BC), tl.float32)
     state = bank + (entry * H + h) * (DK * DV)
     if ROUTING == "none":
@@ -257,6 +271,9 @@ def _backward_queries_kernel(
             result = tl.dot(grad, value, result, input_precision=PRECISION)
             state += STRIDE
     else:
+        norm = tl.load(lse + origin + r * H, mask=inside, other=0.0)
+        # Each tile has its part of q . (dy M^T); the first takes delta off.
+        slope = tl.load(delta + origin + r * H, mask=r + tile * BM < length, other=0.0)
         query = _tile(q, origin, H, r, rows, inside, DK, BC).to(TYPE)
         d = tl.arange(0, BR)
         user = _tile(u, origin, H, r, d, inside, R, BR).to(TYPE)
@@ -320,9 +337,11 @@ def _backward_bank_kernel(
     d = tl.arange(0, BR)
     s = tl.arange(0, SP)
     offset = (entry * H + h) * (DK * DV)
-    result = tl.zeros((BK, BC), tl.float32)
+    # All products have tokens along their columns: what weighs a token's gradient is then ready to multiply from registers, and a tile
+    # of 64 tokens is work for eight warps.
+    result = tl.zeros((BC, BK), tl.float32)
     if ROUTING != "none":
-        state = _matrix(bank + offset, rows, columns, DK, DV, BK, BC)
+        state = tl.trans(_matrix(bank + offset, rows, columns, DK, DV, BK, BC))
     if ROUTING == "energy":
         key = _matrix(descriptors + (entry * H + h) * (R * R), d, d, R, R, BR, BR)
         key_grad = tl.zeros((BR, BR), tl.float32)
@@ -337,13 +356,15 @@ def _backward_bank_kernel(
         inside = begin + r < readers
         origin = (start + begin) * H + h
         query = _tile(q, origin, H, r, rows, inside, DK, BK).to(TYPE)
-        grad = _tile(dy, origin, H, r, columns, inside, DV, BC)
+        grad = _transposed(dy, origin, H, r, columns, inside, DV, BC).to(TYPE)
         if ROUTING != "none":
             norm = tl.load(lse + origin + r * H, mask=inside, other=0.0)
             slope = tl.load(delta + origin + r * H, mask=begin + r < tl.where(tile == 0, readers, 0), other=0.0)
             user = _tile(u, origin, H, r, d, inside, R, BR).to(TYPE)
             if ROUTING == "energy":
-                score = tl.sum(tl.dot(user, key, input_precision=PRECISION) * user.to(tl.float32), 1)
+                key_user = tl.dot(key, tl.trans(user), input_precision=PRECISION)
+                turned = _transposed(u, origin, H, r, d, inside, R, BR).to(tl.float32)
+                score = tl.sum(key_user * turned, 0)
             else:
                 scores = tl.dot(user, tl.trans(high), input_precision=PRECISION)
                 if TYPE != tl.float32:
@@ -355,18 +376,17 @@ def _backward_bank_kernel(
                     score = tl.sum(tl.where((s == 0)[None, :], scores, 0.0), 1)
                     best = tl.zeros((BM,), tl.int32)
             weight = tl.where(inside, tl.exp2(score * LOG2E - norm), 0.0)
-            part = tl.sum(tl.dot(query, state, input_precision=PRECISION) * grad.to(tl.float32), 1)
+            part = tl.sum(tl.dot(state, tl.trans(query), input_precision=PRECISION) * grad.to(tl.float32), 0)
             change = weight * (part - slope)
             if ROUTING == "energy":
-                change_user = (user.to(tl.float32) * change[:, None]).to(TYPE)
-                key_grad = tl.dot(tl.trans(user), change_user, key_grad, input_precision=PRECISION)
+                key_grad = tl.dot((turned * change[None, :]).to(TYPE), user, key_grad, input_precision=PRECISION)
             else:
                 changes = tl.where(s[:, None] == best[None, :], change[None, :], 0.0)
                 key_grad = tl.dot(changes.to(TYPE), user, key_grad, input_precision=PRECISION)
-            grad = grad.to(tl.float32) * weight[:, None]
-        result = tl.dot(tl.trans(query), grad.to(TYPE), result, input_precision=PRECISION)
-    within = (rows < DK)[:, None] & (columns < DV)[None, :]
-    tl.store(dbank + offset + (rows[:, None] * DV + columns[None, :]), result, mask=within)
+            grad = (grad.to(tl.float32) * weight[None, :]).to(TYPE)
+        result = tl.dot(grad, query, result, input_precision=PRECISION)
+    within = (columns < DV)[:, None] & (rows < DK)[None, :]
+    tl.store(dbank + offset + (rows[None, :] * DV + columns[:, None]), result, mask=within)
     if ROUTING != "none":
         at = (tile.to(tl.int64) * entries + entry) * H + h
         if ROUTING == "energy":
@@ -504,13 +524,16 @@ def _backward(
     bank_options, bank_tiles = _launch(BACKWARD_BANK, q, constants, bank.shape[3])
     delta = torch.empty_like(lse)
     if routing is not None:
+        own = OWN.lookup(bank.shape[3], capability_of(q.device))
         du = u.new_empty(tiles, *u.shape, dtype=u.dtype if tiles == 1 else torch.float32)
         donline, donline_score = online.new_empty(online.shape), online_score.new_empty(online_score.shape)
         ddescriptors = descriptors.new_empty(bank_tiles, *descriptors.shape, dtype=torch.float32)
+        _own_kernel[(triton.cdiv(delta.numel(), own.blocks["BM"]),)](
+            online, online_score, y, lse, dy, delta, donline, donline_score, delta.numel(), DV=bank.shape[3], **own.options()
+        )
     chunks = chunk_indices(cu_pieces, total, options["BM"])
     _backward_queries_kernel[(chunks.shape[0] * heads * tiles,)](
-        q, u, online, online_score, bank, descriptors, y, lse, dy, delta, dq, du, donline, donline_score, cu_pieces, chunks, first, count,
-        chunks.shape[0], total, **constants, **options,
+        q, u, bank, descriptors, lse, dy, delta, dq, du, cu_pieces, chunks, first, count, chunks.shape[0], total, **constants, **options,
     )  # fmt: skip
     _backward_bank_kernel[(entries * heads * bank_tiles,)](
         q, u, bank, descriptors, lse, dy, delta, dbank, ddescriptors, reader_start, reader_end, entries, **constants, **bank_options,
@@ -618,3 +641,8 @@ def compile_specs(capability: int) -> Iterator[CompileSpec]:
                      "BV": size, "BR": dim, "PRECISION": "tf32" if dtype == "bf16" else "tf32x3", **launch.blocks},
                     launch.num_warps, launch.num_stages,
                 )  # fmt: skip
+    launch = OWN.lookup(256, capability)
+    yield CompileSpec(
+        "memory_caching read own segment", _own_kernel, {**dict.fromkeys(("online", "y", "dy", "donline"), "*fp32"), **numbers, "rows": "i64"},
+        {"DV": 256, **launch.blocks}, launch.num_warps, launch.num_stages,
+    )  # fmt: skip
