@@ -64,7 +64,7 @@ def check_same(op: str, first_name: str, first: Tensor, **others: Tensor | None)
         check_device(op, first_name, first, **{name: tensor})
 
 
-def check_device(op: str, first_name: str, first: Tensor, **others: Tensor | None) -> None:
+def check_device(op: str, first_name: str, first: Tensor, /, **others: Tensor | None) -> None:
     """Raise unless every given tensor is on the device of `first`."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
