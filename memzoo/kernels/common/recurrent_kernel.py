@@ -61,6 +61,12 @@ def at_state(n, N, head, H, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def unknown(n, steps):
+    """n, in a way that the compiler cannot know: what is computed from it after a loop is held in no register throughout the loop."""
+    return n + (steps >> 31)
+
+
+@triton.jit
 def at_time(t, first, length, head, H, D: tl.constexpr, BD: tl.constexpr, GATES: tl.constexpr):
     """Offsets and mask of the tile's tokens at time t in [.., H, GATES, D], of the first gate; the others follow D apart."""
     i = tl.arange(0, BD)

@@ -1,16 +1,16 @@
 """Triton kernels of the GRU: one persistent program a head and tile of sequences, forward and backward; checked against the definition.
 
-`forward` holds the head's three recurrent weights (6 D^2 bytes in bf16: registers, for tiles of 16 rows) and walks forward in time: three
-products [16, D] x [D, D], gates, one store of h. The gates of the next token are loaded a step ahead. The backward saves inputs and h. One
-batched product over all tokens gives the recurrent parts of the gates again; `backward` holds the transposed weights, walks back and writes
-the gradients of x and, over the recurrent parts themselves, theirs (they differ by the reset gate in the candidate); one batched product
-gives the weight's gradient and one sum the bias's.
+`forward` holds the head's three recurrent weights (6 D^2 bytes in bf16, in shared memory) and walks forward in time: three products
+[16, D] x [D, D], gates, one store of h. The gates of the next token are loaded a step ahead. The backward saves inputs and h. One
+batched product over all tokens gives the recurrent parts of the gates again; `backward` holds the transposed weights, walks back and
+writes the gradients of x and, over the recurrent parts themselves, theirs (they differ by the reset gate in the candidate); one batched
+product gives the weight's gradient and one sum the bias's.
 
 For each token and head in bf16, in brackets at D = 64:
-    forward   8 D bytes (512; all of them compulsory: x 6 D, h)                6 D^2 operations (25 k)
-    backward  58 D bytes (3,712; compulsory 16 D: x, dx 6 D, h, dh 2 D)        18 D^2 operations (74 k)
-At 4.3 TB/s and 790 TFLOP/s bytes decide: 0.12 ns forward, 0.86 ns backward (compulsory 0.24). As with lstm, that floor is for many sequences;
-with few, the chain of dependent steps decides.
+    forward   8 D bytes (512; all of them compulsory: x 6 D, h 2 D)            6 D^2 operations (25 k)
+    backward  50 D bytes (3,200; compulsory 16 D: x, dx 6 D, h, dh 2 D)        18 D^2 operations (74 k)
+At 4.3 TB/s and 790 TFLOP/s bytes decide: 0.12 ns forward, 0.74 ns backward (compulsory 0.24). As with lstm that floor is for many
+sequences; with few, the chain of dependent steps decides.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ..common.recurrent_kernel import (
     rows,
     sigmoid,
     tanh,
+    unknown,
     weight_gradient,
 )
 
@@ -82,7 +83,8 @@ def _forward_kernel(
     at, held = at_state(n, N, head, H, D, BD)
     h = tl.load(initial + at, mask=held, other=0.0)
     next_r, next_z, next_n = _gates(x, 0, first, length, head, H, D, BD)
-    for t in range(tl.max(length)):
+    steps = tl.max(length)
+    for t in range(steps):
         x_r, x_z, x_n = next_r.to(tl.float32), next_z.to(tl.float32), next_n.to(tl.float32)
         next_r, next_z, next_n = _gates(x, t + 1, first, length, head, H, D, BD)
         last = h.to(w_r.dtype)
@@ -92,6 +94,7 @@ def _forward_kernel(
         token, inside = at_time(t, first, length, head, H, D, BD, 1)
         h = tl.where(inside, new + z * (h - new), h)
         tl.store(y + token, h.to(y.dtype.element_ty), mask=inside)
+    at, held = at_state(unknown(n, steps), N, head, H, D, BD)
     tl.store(final + at, h, mask=held)
 
 
@@ -148,6 +151,7 @@ def _backward_kernel(
         back = tl.dot(d_z, w_z, acc=back, input_precision=PRECISION)
         back = tl.dot(d_n, w_n, acc=back, input_precision=PRECISION)
         dh = tl.where(inside, back, dh)
+    at, held = at_state(unknown(n, steps), N, head, H, D, BD)
     tl.store(dinitial + at, dh, mask=held)
 
 
@@ -208,7 +212,10 @@ def gru_triton(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor, cu_seql
 
 
 def compile_specs(capability: int) -> Iterator[CompileSpec]:
-    """Every launch-table entry for one compute capability, packed, in bf16 and float32."""
+    """Every launch-table entry for one compute capability, packed, in bf16 and float32.
+
+    In float32 the assembler keeps a few values from before the loop to after it on the stack (which, varies with its version); none inside.
+    """
     states = dict.fromkeys(("initial", "final", "dfinal", "dinitial"), "*fp32")
     sizes = {"cu_seqlens": "*i64", "N": "i32", "T": "i32", "H": "i32"}
     for name, kernel, table in (("forward", _forward_kernel, FORWARD), ("backward", _backward_kernel, BACKWARD)):
@@ -219,5 +226,5 @@ def compile_specs(capability: int) -> Iterator[CompileSpec]:
                 constants = {"D": size, "BD": size, "VARLEN": True, "PRECISION": precision, **launch.blocks}
                 yield CompileSpec(
                     f"gru {name} {size}, {kind}", kernel, {**tensors, **states, **sizes}, constants,
-                    launch.num_warps, launch.num_stages,
+                    launch.num_warps, launch.num_stages, spill_limit=0 if kind == "bf16" else 32,
                 )  # fmt: skip

@@ -1,18 +1,19 @@
 """Triton kernels of the LSTM: one persistent program a head and tile of sequences, forward and backward; checked against the definition.
 
-`forward` holds the head's four recurrent weights (8 D^2 bytes in bf16: registers, for tiles of 16 rows) and walks forward in time: four
-products [16, D] x [D, D], gates, one store of h (or the output gate) and one of c. The gates of the next token are loaded a step ahead.
-The backward saves inputs, outputs and cells. One batched product over all tokens gives every `a_t = x_t + h_{t-1} W` again; `backward` holds
-the transposed weights, walks back and writes the gradients of a over a itself; one batched product gives the weight's gradient. Carrying
-that gradient in the walk, or both the weights and their transposes, would not fit.
+`forward` holds the head's four recurrent weights (8 D^2 bytes in bf16, in shared memory) and walks forward in time: four products
+[16, D] x [D, D], gates, one store of h (or the output gate) and one of c. The gates of the next token are loaded a step ahead. The
+backward saves inputs, outputs and cells. One batched product over all tokens gives every `a_t = x_t + h_{t-1} W` again; `backward`
+holds the transposed weights, walks back and writes the gradients of a over a itself; one batched product gives the weight's gradient.
+Carrying that gradient in the walk, or both the weights and their transposes, would not fit.
 
 For each token and head in bf16, in brackets at D = 64:
-    forward   12 D bytes (768; all of them compulsory: x 8 D, h, c)            8 D^2 operations (33 k)
+    forward   12 D bytes (768; all of them compulsory: x 8 D, h, c 2 D)        8 D^2 operations (33 k)
     backward  66 D bytes (4,224; compulsory 22 D: x, dx 8 D, h, c, dh 2 D)     24 D^2 operations (98 k)
-At 4.3 TB/s and 790 TFLOP/s bytes decide: 0.18 ns forward, 0.98 ns backward (compulsory 0.33). That floor is out of reach with few sequences:
-each step waits for the one before it through a product, an exchange among warps and five transcendental functions, 1.4 to 3.2 us a step
-in published fused kernels on an H100 at D = 16 to 128, and a step costs that much whether a multiprocessor holds one tile or several. What
-fills the chip is sequences: segments of a memory that restarts multiply the rows and divide the steps.
+At 4.3 TB/s and 790 TFLOP/s bytes decide: 0.18 ns forward, 0.98 ns backward (compulsory 0.33). An exponential and a reciprocal in each of
+five functions come close: 10 D at 16 a clock and multiprocessor, 0.17 ns. With few sequences that floor is out of reach: each step waits
+for the one before it through a product, an exchange among warps and those functions (1.4 to 3.2 us a step in published fused kernels
+on an H100 at D = 16 to 128), however few rows its tile has. What fills the chip is sequences: the segments of a memory that restarts
+multiply the rows and divide the steps.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from ..common.recurrent_kernel import (
     rows,
     sigmoid,
     tanh,
+    unknown,
     weight_gradient,
 )
 
@@ -80,19 +82,21 @@ def _forward_kernel(
     h = tl.load(initial_h + at, mask=held, other=0.0)
     cell = tl.load(initial_c + at, mask=held, other=0.0)
     next_i, next_f, next_g, next_o = _gates(x, 0, first, length, head, H, D, BD)
-    for t in range(tl.max(length)):
-        a_i, a_f, a_g, a_o = next_i.to(tl.float32), next_f.to(tl.float32), next_g.to(tl.float32), next_o.to(tl.float32)
+    steps = tl.max(length)
+    for t in range(steps):
+        a_i, a_f, a_g, a_o = next_i, next_f, next_g, next_o
         next_i, next_f, next_g, next_o = _gates(x, t + 1, first, length, head, H, D, BD)
         last = h.to(w_i.dtype)
-        i = sigmoid(tl.dot(last, w_i, acc=a_i, input_precision=PRECISION))
-        f = sigmoid(tl.dot(last, w_f, acc=a_f, input_precision=PRECISION))
-        g = tanh(tl.dot(last, w_g, acc=a_g, input_precision=PRECISION))
-        o = sigmoid(tl.dot(last, w_o, acc=a_o, input_precision=PRECISION))
+        i = sigmoid(tl.dot(last, w_i, acc=a_i.to(tl.float32), input_precision=PRECISION))
+        g = tanh(tl.dot(last, w_g, acc=a_g.to(tl.float32), input_precision=PRECISION))
+        f = sigmoid(tl.dot(last, w_f, acc=a_f.to(tl.float32), input_precision=PRECISION))
+        o = sigmoid(tl.dot(last, w_o, acc=a_o.to(tl.float32), input_precision=PRECISION))
         token, inside = at_time(t, first, length, head, H, D, BD, 1)
         cell = tl.where(inside, f * cell + i * g, cell)
         h = tl.where(inside, o * tanh(cell), h)
         tl.store(y + token, (o if CELLS else h).to(y.dtype.element_ty), mask=inside)
         tl.store(c + token, cell.to(c.dtype.element_ty), mask=inside)
+    at, held = at_state(unknown(n, steps), N, head, H, D, BD)
     tl.store(final_h + at, h, mask=held)
     tl.store(final_c + at, cell, mask=held)
 
@@ -102,6 +106,17 @@ def _load(x, t, first, length, head, H, D: tl.constexpr, BD: tl.constexpr):
     """The tile's tokens at time t of [.., H, D], zeros before the first and after the last."""
     at, inside = at_time(t, first, length, head, H, D, BD, 1)
     return tl.load(x + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _cells(c, initial_c, t, n, N, first, length, head, H, D: tl.constexpr, BD: tl.constexpr):
+    """The tile's cells after and before time t."""
+    at, inside = at_time(t, first, length, head, H, D, BD, 1)
+    time = (tl.zeros_like(length) + t)[:, None]
+    start, _ = at_state(n, N, head, H, D, BD)
+    earlier = tl.load(c + at - H * D, mask=inside & (time > 0), other=0.0).to(tl.float32)
+    earlier += tl.load(initial_c + start, mask=inside & (time == 0), other=0.0)
+    return tl.load(c + at, mask=inside, other=0.0), earlier
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -118,30 +133,25 @@ def _backward_kernel(
     at, held = at_state(n, N, head, H, D, BD)
     dh = tl.load(dfinal_h + at, mask=held, other=0.0)
     dc = tl.load(dfinal_c + at, mask=held, other=0.0)
-    oldest = tl.load(initial_c + at, mask=held, other=0.0)
     steps = tl.max(length)
     next_i, next_f, next_g, next_o = _gates(a, steps - 1, first, length, head, H, D, BD)
-    next_cell = _load(c, steps - 1, first, length, head, H, D, BD)
-    next_earlier = _load(c, steps - 2, first, length, head, H, D, BD)
+    next_cell, next_earlier = _cells(c, initial_c, steps - 1, n, N, first, length, head, H, D, BD)
     next_y = _load(dy, steps - 1, first, length, head, H, D, BD)
     if CELLS:
         next_c = _load(dc_given, steps - 1, first, length, head, H, D, BD)
     for step in range(steps):
         t = steps - 1 - step
         i, f, g = sigmoid(next_i.to(tl.float32)), sigmoid(next_f.to(tl.float32)), tanh(next_g.to(tl.float32))
-        o, bent = sigmoid(next_o.to(tl.float32)), tanh(next_cell.to(tl.float32))
-        earlier = tl.where(t == 0, oldest, next_earlier.to(tl.float32))
+        o, bent, earlier = sigmoid(next_o.to(tl.float32)), tanh(next_cell.to(tl.float32)), next_earlier
         outer = next_y.to(tl.float32)
-        if CELLS:
-            dc += next_c.to(tl.float32)
-            next_c = _load(dc_given, t - 1, first, length, head, H, D, BD)
         next_i, next_f, next_g, next_o = _gates(a, t - 1, first, length, head, H, D, BD)
-        next_cell = _load(c, t - 1, first, length, head, H, D, BD)
-        next_earlier = _load(c, t - 2, first, length, head, H, D, BD)
+        next_cell, next_earlier = _cells(c, initial_c, t - 1, n, N, first, length, head, H, D, BD)
         next_y = _load(dy, t - 1, first, length, head, H, D, BD)
         if CELLS:
+            outer_c = next_c.to(tl.float32)
+            next_c = _load(dc_given, t - 1, first, length, head, H, D, BD)
             total_o = outer + dh * bent
-            total_c = dc + dh * o * (1 - bent * bent)
+            total_c = dc + outer_c + dh * o * (1 - bent * bent)
         else:
             total_o = (outer + dh) * bent
             total_c = dc + (outer + dh) * o * (1 - bent * bent)
@@ -160,6 +170,7 @@ def _backward_kernel(
         back = tl.dot(d_o, w_o, acc=back, input_precision=PRECISION)
         dh = tl.where(inside, back, dh)
         dc = tl.where(inside, total_c * f, dc)
+    at, held = at_state(unknown(n, steps), N, head, H, D, BD)
     tl.store(dinitial_h + at, dh, mask=held)
     tl.store(dinitial_c + at, dc, mask=held)
 
@@ -175,7 +186,20 @@ def _forward(
     call = Call(x, initial_h, cu_seqlens)
     grid, options = call.launch(FORWARD)
     _forward_kernel[grid](
-        x, weight, initial_h, initial_c, y, c, final_h, final_c, cu_seqlens, call.count, x.shape[1], call.heads, CELLS=cells, **options
+        x,
+        weight,
+        initial_h,
+        initial_c,
+        y,
+        c,
+        final_h,
+        final_c,
+        cu_seqlens,
+        call.count,
+        x.shape[1],
+        call.heads,
+        CELLS=cells,
+        **options,
     )
     return y, c, final_h, final_c
 
@@ -250,8 +274,13 @@ def lstm_triton(
 
 
 def compile_specs(capability: int) -> Iterator[CompileSpec]:
-    """Every launch-table entry for one compute capability, packed and with the cells' gradients (the most registers), in bf16 and float32."""
-    states = dict.fromkeys(("initial_h", "initial_c", "final_h", "final_c", "dfinal_h", "dfinal_c", "dinitial_h", "dinitial_c"), "*fp32")
+    """Every launch-table entry for one compute capability, packed and with the cells' gradients (the most registers), in bf16 and float32.
+
+    In float32 the assembler keeps a few values from before the loop to after it on the stack (which, varies with its version); none inside.
+    """
+    states = dict.fromkeys(
+        ("initial_h", "initial_c", "final_h", "final_c", "dfinal_h", "dfinal_c", "dinitial_h", "dinitial_c"), "*fp32"
+    )
     sizes = {"cu_seqlens": "*i64", "N": "i32", "T": "i32", "H": "i32"}
     for name, kernel, table in (("forward", _forward_kernel, FORWARD), ("backward", _backward_kernel, BACKWARD)):
         for kind, width, precision in (("bf16", 1, "tf32"), ("fp32", 2, "tf32x3")):
@@ -261,5 +290,5 @@ def compile_specs(capability: int) -> Iterator[CompileSpec]:
                 constants = {"D": size, "BD": size, "CELLS": True, "VARLEN": True, "PRECISION": precision, **launch.blocks}
                 yield CompileSpec(
                     f"lstm {name} {size}, {kind}", kernel, {**tensors, **states, **sizes}, constants,
-                    launch.num_warps, launch.num_stages,
+                    launch.num_warps, launch.num_stages, spill_limit=0 if kind == "bf16" else 32,
                 )  # fmt: skip
