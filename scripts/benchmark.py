@@ -58,7 +58,10 @@ LONG = [Shape(1, 65536, 16, 128), Shape(32, 2048, 16, 128)]
 SOME = [Shape(4, 2048, 16, 128), Shape(2, 16384, 16, 128)]
 GROWING = [Shape(1, length, 16, dim) for dim in (64, 128) for length in (1024, 4096, 16384, 65536)]
 DECODE = [Shape(batch, 1, 16, 128) for batch in (1, 8, 64)]
+# A published shape of fused LSTMs (heads x dimension = 768), and the same tokens restarted every 64.
+RECURRENT = [Shape(16, 1024, heads, 768 // heads) for heads in (24, 12, 6)] + [Shape(256, 64, 12, 64), Shape(256, 64, 6, 128)]
 QUICK = {Shape(4, 2048, 16, 128), Shape(8, 1024, 8, 64), Shape(1, 65536, 16, 128), Shape(8, 1, 16, 128)}
+QUICK |= {Shape(16, 1024, 12, 64), Shape(256, 64, 12, 64)}
 TINY, TINY_STEP = Shape(1, 64, 4, 16), Shape(1, 1, 4, 16)
 HOST = Shape(1, 256, 4, 64)
 CHUNK, HIDDEN = 64, 4  # of a neural memory: tokens a chunk, hidden width over the head dimension
@@ -157,6 +160,11 @@ def scan_inputs(shape: Shape, make, *, state: bool = False) -> Tensors:
     return tensors
 
 
+def recurrent_inputs(shape: Shape, make, *, gates: int) -> Tensors:
+    weight = make(shape.heads, shape.dim, gates, shape.dim) * shape.dim**-0.5
+    return {"x": make(shape.batch, shape.length, shape.heads, gates, shape.dim), "weight": weight}
+
+
 # Operations of the forward, counting a multiply and an add as two.
 
 
@@ -187,6 +195,10 @@ def scan_operations(shape: Shape) -> float:
     return 2 * shape.batch * shape.length * shape.heads * shape.dim
 
 
+def recurrent_operations(shape: Shape, *, gates: int) -> float:
+    return 2 * gates * shape.dim**2 * shape.batch * shape.length * shape.heads
+
+
 # The slice that the gate compares: one row of the batch and one head of keys, which depend on no other.
 
 
@@ -194,6 +206,11 @@ def one_head(shape: Shape, name: str, tensor: Tensor, *, groups: int = 1) -> Ten
     if name.startswith("weights."):
         return tensor[-1:]  # of one sequence's gradients: such shapes have batch 1
     return tensor[-1:, :, -(tensor.shape[2] * groups // shape.heads) :]
+
+
+def last_head(shape: Shape, name: str, tensor: Tensor) -> Tensor:
+    """One head of every row: the rows share its weight's gradient."""
+    return tensor[-1:] if name == "weight" else tensor[:, :, -1:]
 
 
 def some_channels(shape: Shape, name: str, tensor: Tensor) -> Tensor:
@@ -306,6 +323,14 @@ def fla_hgrn(case: Case, shape: Shape, tensors: Tensors):
     return lambda: chunk_hgrn(*own)[0], own
 
 
+def cudnn(case: Case, shape: Shape, tensors: Tensors):
+    """torch.nn's (cuDNN's) of the same width; its input projection and its dense recurrent weight are in the time."""
+    like, width = tensors["x"], shape.heads * shape.dim
+    module = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[case.operator](width, width, batch_first=True).to(like.device, like.dtype)
+    x = torch.randn(shape.batch, shape.length, width, device=like.device, dtype=like.dtype, requires_grad=True)
+    return lambda: module(x)[0], [x, *module.parameters()]
+
+
 FLASH_ATTN = other("flash_attn", "flash_attn_func", lambda f, t: f(t["q"], t["k"], t["v"], causal=True))
 FLA_LINEAR = other(
     "fla.ops.linear_attn", "chunk_linear_attn", lambda f, t: f(t["q"], t["k"], t["v"], scale=1.0, normalize=False)[0]
@@ -381,6 +406,14 @@ CASES = [
     ),
     Case(
         "gated_scan", "step", partial(scan_inputs, state=True), scan_operations, DECODE, STEP, peers={"sdpa": sdpa}, backward=None,
+    ),
+    *(
+        Case(
+            operator, "heads apart", partial(recurrent_inputs, gates=gates),
+            partial(recurrent_operations, gates=gates), RECURRENT, part=last_head,
+            peers={"sdpa": sdpa, "torch.nn": cudnn}, backward=2.0,
+        )
+        for operator, gates in (("gru", 3), ("lstm", 4))
     ),
     *(
         Case(

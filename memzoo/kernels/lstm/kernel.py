@@ -8,8 +8,8 @@ Carrying that gradient in the walk, or both the weights and their transposes, wo
 
 For each token and head in bf16, in brackets at D = 64:
     forward   12 D bytes (768; all of them compulsory: x 8 D, h, c 2 D)        8 D^2 operations (33 k)
-    backward  66 D bytes (4,224; compulsory 22 D: x, dx 8 D, h, c, dh 2 D)     24 D^2 operations (98 k)
-At 4.3 TB/s and 790 TFLOP/s bytes decide: 0.18 ns forward, 0.98 ns backward (compulsory 0.33). An exponential and a reciprocal in each of
+    backward  68 D bytes (4,352; compulsory 22 D: x, dx 8 D, h, c, dh 2 D)     24 D^2 operations (98 k)
+At 4.3 TB/s and 790 TFLOP/s bytes decide: 0.18 ns forward, 1.0 ns backward (compulsory 0.33). An exponential and a reciprocal in each of
 five functions come close: 10 D at 16 a clock and multiprocessor, 0.17 ns. With few sequences that floor is out of reach: each step waits
 for the one before it through a product, an exchange among warps and those functions (1.4 to 3.2 us a step in published fused kernels
 on an H100 at D = 16 to 128), however few rows its tile has. What fills the chip is sequences: the segments of a memory that restarts
