@@ -60,6 +60,18 @@ def test_half_precision(grouped, dtype):
     assert_right(grouped, *example(150, 1, 3, rows=64, columns=48, dtype=dtype))
 
 
+def test_gradients_of_a_tokens_choices_are_summed_in_float32(grouped):
+    """Two memories that nearly cancel: rounded to bf16 one by one, their sum would be wrong by some percent."""
+    x, ids, bank = example(40, 1, 2, memories=2, dtype=torch.bfloat16)
+    ids[:] = torch.arange(2)
+    bank[0] = bank[0].sign()
+    bank[1] = -bank[0] * 15 / 16
+    dy = torch.randn(1, 40, 1, 1, bank.shape[3]).bfloat16()
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(grouped.grouped_read(x, ids, bank), x, dy.expand(*ids.shape, -1))
+    assert_close(dx, torch.einsum("bthjo,mhio->bthi", dy.double(), bank.double()), 5e-3)
+
+
 @pytest.mark.parametrize("memory", [-1, 0, 4])
 def test_all_tokens_choose_one_memory(grouped, memory):
     """More pairs than a block; the memories that nobody chose have a gradient of exactly zero."""
