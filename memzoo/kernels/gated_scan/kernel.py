@@ -3,7 +3,7 @@
 The time axis is cut into spans so that the chip is full even at batch 1. (1) `_local_kernel` walks through a span from a state of 0 and
 leaves where it ends and the product of its gates; (2) `_scan_kernel` over these, which are a gated scan themselves, gives the state at
 every span's end; (3) `_scan_kernel` goes through every span from there. With one span, (1) and (2) fall away. A program has a tile of
-channels, one or two a thread, and walks through time; GROUP tokens are on their way from memory at once.
+channels, two a thread, and walks through time; GROUP tokens are on their way from memory at once.
 
 Packed sequences are one long row: the first token of each has a gate of 0 and its sequence's state in what it adds. Spans are equal
 whatever the lengths, and (1) reads only from the last start in a span onwards. A gate of exactly 0 also forgets a state that is
