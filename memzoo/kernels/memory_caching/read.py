@@ -134,23 +134,24 @@ def _block(cu_pieces, chunks, first, count, blocks, BM: tl.constexpr, TILES: tl.
 
 @triton.jit
 def _row_scores(
-    user, descriptors, entry, block, n, h,
+    user, descriptors, rest, entry, block, n, h,
     H: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores in base 2 of BE memories after `block` [BM, BE], which of the S rows gave each, and the rows [BE * S, BR]."""
+    """Scores in base 2 of BE memories after `block` [BM, BE], which of the S rows gave each, and the rows [BE * S, BR].
+
+    `rest` is what rounding to the products' type took off the descriptors: half their digits would shift a large score by too much.
+    """
     j = tl.arange(0, BE * S)
     columns = tl.arange(0, BR)
     mask = (block + j // S < n)[:, None]
     if R % BR:
         mask = mask & (columns < R)[None, :]
-    base = descriptors + ((entry + block) * H + h) * (S * R)
-    rows = tl.load(base + ((j // S) * (H * S * R) + (j % S) * R)[:, None] + columns[None, :], mask=mask, other=0.0)
-    high = rows.to(user.dtype)
-    scores = tl.dot(user, tl.trans(high), input_precision=PRECISION)
-    if user.dtype != tl.float32:
-        # Half a descriptor's digits would shift a large score by more than the inputs do: the rest is a second product.
-        low = (rows - high.to(tl.float32)).to(user.dtype)
-        scores = tl.dot(user, tl.trans(low), scores, input_precision=PRECISION)
+    base = ((entry + block) * H + h) * (S * R)
+    place = ((j // S) * (H * S * R) + (j % S) * R)[:, None] + columns[None, :]
+    rows = tl.load(descriptors + base + place, mask=mask, other=0.0)
+    scores = tl.dot(user, tl.trans(rows), input_precision=PRECISION)
+    if rest is not None:
+        scores = tl.dot(user, tl.trans(tl.load(rest + base + place, mask=mask, other=0.0)), scores, input_precision=PRECISION)
     scores *= LOG2E
     if S > 1:
         scores = tl.reshape(scores, (scores.shape[0], BE, S))
@@ -158,12 +159,12 @@ def _row_scores(
     else:
         best = tl.zeros(scores.shape, tl.int32)
     scores = tl.where((block + tl.arange(0, BE) < n)[None, :], scores, float("-inf"))
-    return scores, best, high
+    return scores, best, rows
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def _forward_kernel(
-    q, u, online, online_score, bank, descriptors, y, lse, cu_pieces, chunks, first, count, blocks,
+    q, u, online, online_score, bank, descriptors, rest, y, lse, cu_pieces, chunks, first, count, blocks,
     ROUTING: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
     BC: tl.constexpr,
@@ -207,7 +208,7 @@ def _forward_kernel(
         else:
             e = tl.arange(0, BE)[None, :]
             for block in range(0, n, BE):
-                scores, _, _ = _row_scores(user, descriptors, entry, block, n, h, H, R, S, BR, BE, PRECISION)
+                scores, _, _ = _row_scores(user, descriptors, rest, entry, block, n, h, H, R, S, BR, BE, PRECISION)
                 higher = tl.maximum(peak, tl.max(scores, 1))
                 kept = tl.exp2(peak - higher)
                 weights = tl.exp2(scores - higher[:, None])
@@ -246,7 +247,7 @@ def _own_kernel(
 
 @triton.jit(do_not_specialize=["blocks", "tokens"])
 def _backward_queries_kernel(
-    q, u, bank, descriptors, lse, dy, delta, dq, du, cu_pieces, chunks, first, count, blocks, tokens,
+    q, u, bank, descriptors, rest, lse, dy, delta, dq, du, cu_pieces, chunks, first, count, blocks, tokens,
     ROUTING: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
     BC: tl.constexpr,
@@ -293,7 +294,7 @@ def _backward_queries_kernel(
         else:
             e = tl.arange(0, BE)[None, :]
             for block in range(0, n, BE):
-                scores, best, descriptor = _row_scores(user, descriptors, entry, block, n, h, H, R, S, BR, BE, PRECISION)
+                scores, best, descriptor = _row_scores(user, descriptors, rest, entry, block, n, h, H, R, S, BR, BE, PRECISION)
                 weights = tl.exp2(scores - norm[:, None])
                 change = tl.zeros((BM, BE), tl.float32)
                 for j in range(tl.minimum(n - block, BE)):
@@ -316,7 +317,7 @@ def _backward_queries_kernel(
 
 @triton.jit(do_not_specialize=["entries"])
 def _backward_bank_kernel(
-    q, u, bank, descriptors, lse, dy, delta, dbank, ddescriptors, reader_start, reader_end, entries,
+    q, u, bank, descriptors, rest, lse, dy, delta, dbank, ddescriptors, reader_start, reader_end, entries,
     ROUTING: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
     BC: tl.constexpr,
@@ -347,9 +348,10 @@ def _backward_bank_kernel(
         key_grad = tl.zeros((BR, BR), tl.float32)
     elif ROUTING != "none":
         within = (s < S)[:, None] & (d < R)[None, :]
-        descriptor = tl.load(descriptors + (entry * H + h) * (S * R) + (s[:, None] * R + d[None, :]), mask=within, other=0.0)
-        high = descriptor.to(TYPE)
-        low = (descriptor - high.to(tl.float32)).to(TYPE)
+        place = (entry * H + h) * (S * R) + (s[:, None] * R + d[None, :])
+        high = tl.load(descriptors + place, mask=within, other=0.0)
+        if rest is not None:
+            low = tl.load(rest + place, mask=within, other=0.0)
         key_grad = tl.zeros((SP, BR), tl.float32)
     for begin in range(0, readers, BM):
         r = tl.arange(0, BM)
@@ -367,7 +369,7 @@ def _backward_bank_kernel(
                 score = tl.sum(key_user * turned, 0)
             else:
                 scores = tl.dot(user, tl.trans(high), input_precision=PRECISION)
-                if TYPE != tl.float32:
+                if rest is not None:
                     scores = tl.dot(user, tl.trans(low), scores, input_precision=PRECISION)
                 if S > 1:
                     scores = tl.where((s < S)[None, :], scores, float("-inf"))
@@ -438,8 +440,8 @@ def _constants(q: Tensor, bank: Tensor, descriptors: Tensor | None, routing: str
 
 
 def _entries(rows: int) -> int:
-    """Memories whose scores are formed at a time: 16 to 64 rows of descriptors, several memories at least."""
-    return max(16, min(8 * rows, 64)) // rows
+    """Memories whose scores are formed at a time: 16 or 32 rows of descriptors."""
+    return max(16, min(8 * rows, 32)) // rows
 
 
 def _launch(tables: dict[str, LaunchTable], x: Tensor, constants: dict[str, object], columns: int) -> tuple[dict[str, object], int]:
@@ -467,7 +469,7 @@ def _forward(
     routing: str | None,
 ) -> tuple[Tensor, Tensor]:
     """(y [1, total, H, Dv], log of the softmax's sum in base 2 [1, total, H], empty without a routing)."""
-    q, u, online, online_score, bank, descriptors = _ready(q, u, online, online_score, bank, descriptors, routing)
+    q, u, online, online_score, bank, descriptors, rest = _ready(q, u, online, online_score, bank, descriptors, routing)
     total, heads = q.shape[1:3]
     y = q.new_empty(*q.shape[:3], bank.shape[3])
     lse = q.new_empty(0 if routing is None else q.shape[:3], dtype=torch.float32)
@@ -475,18 +477,23 @@ def _forward(
     options, tiles = _launch(FORWARD, q, constants, bank.shape[3])
     chunks = chunk_indices(cu_pieces, total, options["BM"])
     _forward_kernel[(chunks.shape[0] * heads * tiles,)](
-        q, u, online, online_score, bank, descriptors, y, lse, cu_pieces, chunks, first, count, chunks.shape[0],
+        q, u, online, online_score, bank, descriptors, rest, y, lse, cu_pieces, chunks, first, count, chunks.shape[0],
         **constants, **options,
     )  # fmt: skip
     return y, lse
 
 
 def _ready(q, u, online, online_score, bank, descriptors, routing) -> list[Tensor | None]:
-    """Contiguous tensors, with the matrices that are read again and again in the type that products are formed in."""
-    bank = bank.to(_compute_type(q))
-    if routing == "energy":
-        descriptors = descriptors.to(_compute_type(q))
-    return [None if t is None else t.contiguous() for t in (q, u, online, online_score, bank, descriptors)]
+    """Contiguous tensors, with memories and descriptors in the type that products are formed in, and what rounding took off the latter.
+
+    What it takes off a memory of keys stays off: a second product with it would cost as much as the read.
+    """
+    bank, rest = bank.to(_compute_type(q)), None
+    if descriptors is not None and descriptors.dtype != bank.dtype:
+        rounded = descriptors.to(bank.dtype)
+        rest = None if routing == "energy" else (descriptors - rounded).to(bank.dtype)
+        descriptors = rounded
+    return [None if t is None else t.contiguous() for t in (q, u, online, online_score, bank, descriptors, rest)]
 
 
 @_forward.register_fake
@@ -518,7 +525,7 @@ def _backward(
     entries, total, heads = bank.shape[0], q.shape[1], q.shape[2]
     dq, dbank = q.new_empty(q.shape), q.new_empty(bank.shape, dtype=torch.float32)
     du, donline, donline_score, ddescriptors = (q.new_empty(0) for _ in range(4))
-    q, u, online, online_score, bank, descriptors = _ready(q, u, online, online_score, bank, descriptors, routing)
+    q, u, online, online_score, bank, descriptors, rest = _ready(q, u, online, online_score, bank, descriptors, routing)
     dy, constants = dy.contiguous(), _constants(q, bank, descriptors, routing)
     options, tiles = _launch(BACKWARD_QUERIES, q, constants, bank.shape[2])
     bank_options, bank_tiles = _launch(BACKWARD_BANK, q, constants, bank.shape[3])
@@ -533,10 +540,10 @@ def _backward(
         )
     chunks = chunk_indices(cu_pieces, total, options["BM"])
     _backward_queries_kernel[(chunks.shape[0] * heads * tiles,)](
-        q, u, bank, descriptors, lse, dy, delta, dq, du, cu_pieces, chunks, first, count, chunks.shape[0], total, **constants, **options,
+        q, u, bank, descriptors, rest, lse, dy, delta, dq, du, cu_pieces, chunks, first, count, chunks.shape[0], total, **constants, **options,
     )  # fmt: skip
     _backward_bank_kernel[(entries * heads * bank_tiles,)](
-        q, u, bank, descriptors, lse, dy, delta, dbank, ddescriptors, reader_start, reader_end, entries, **constants, **bank_options,
+        q, u, bank, descriptors, rest, lse, dy, delta, dbank, ddescriptors, reader_start, reader_end, entries, **constants, **bank_options,
     )  # fmt: skip
     if routing is not None:
         du = du[0] if tiles == 1 else du.sum(0).to(u.dtype)
@@ -627,18 +634,19 @@ def compile_specs(capability: int) -> Iterator[CompileSpec]:
         ("backward memories", _backward_bank_kernel, BACKWARD_BANK),
     )
     for dtype, size in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 256)):
-        tokens = dict.fromkeys(("q", "u", "online", "y", "dy", "dq", "donline", "bank"), f"*{dtype}")
+        tokens = dict.fromkeys(("q", "u", "online", "y", "dy", "dq", "du", "donline", "bank", "descriptors", "rest"), f"*{dtype}")
         for routing, rows in (("none", 1), ("rows", 1), ("rows", MAX_SUB_BLOCKS), ("energy", 1)):
             energy = routing == "energy"
             dim = min(size, MAX_ENERGY_DIM) if energy else size
-            pointers = {**tokens, "du": f"*{dtype}", "descriptors": f"*{dtype}" if energy else "*fp32", **numbers, **places, **sizes}
+            pointers = {**tokens, **numbers, **places, **sizes}
             for name, kernel, tables in kernels:
                 launch = tables[ENERGY if energy else ROWS].lookup(size if dtype == "bf16" else 2 * size, capability)
                 label = {"none": "no gates", "rows": f"{rows} rows", "energy": "energy"}[routing]
                 yield CompileSpec(
                     f"memory_caching read {name} {size} {dtype}, {label}", kernel, pointers,
                     {"ROUTING": routing, "H": 16, "DK": size, "DV": size, "R": dim, "S": rows, "BE": _entries(rows), "BK": size,
-                     "BV": size, "BR": dim, "PRECISION": "tf32" if dtype == "bf16" else "tf32x3", **launch.blocks},
+                     "BV": size, "BR": dim, "PRECISION": "tf32" if dtype == "bf16" else "tf32x3", **launch.blocks,
+                     **({} if routing == "rows" and dtype == "bf16" else {"rest": None})},
                     launch.num_warps, launch.num_stages,
                 )  # fmt: skip
     launch = OWN.lookup(256, capability)
