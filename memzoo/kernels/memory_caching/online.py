@@ -2,8 +2,8 @@
 
     r_t = u_t . c_t / n_t,    c_t = carried + sum_{j <= t} k_j,    n_t = carried count + tokens of the piece up to t
 
-One program goes through a piece of one head with the running sum [R] in registers; within a block of tokens the sum over j is the masked
-product (u k^T) 1. Backward, with w_t = dr_t / n_t, the same sweep gives du_t = w_t c_t, and one that goes from the end gives
+One program goes through a piece of one head with the running sum [R] in registers; within a block of tokens the sum over j is
+a product with a triangle of ones. Backward, with w_t = dr_t / n_t, the same sweep gives du_t = w_t c_t, and one that goes from the end gives
 dk_j = dsums + sum_{t >= j} w_t u_t.
 
 Bytes a token and head in bf16: u and k once, 4 R, and 4 for r: 516 at R = 128, 0.12 ns at 4.3 TB/s; backward k, u in and du, dk out, 8 R and
@@ -25,15 +25,10 @@ from ..common.dispatch import interpreting
 from ..common.launch import CompileSpec, Launch, LaunchTable, capability_of, next_power_of_2
 
 # By padded head dimension, in units of two bytes: float32 and float16, which is computed in float32, count double. BT tokens at a time.
-FORWARD = LaunchTable({
-    (128, 80): Launch(num_warps=4, num_stages=3, blocks={"BT": 64}),
-    (256, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64}),
-    (512, 80): Launch(num_warps=4, num_stages=1, blocks={"BT": 32}),
-})  # fmt: skip
-BACKWARD = LaunchTable({
-    (64, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 64}),
-    (128, 80): Launch(num_warps=4, num_stages=2, blocks={"BT": 32}),
-    (128, 90): Launch(num_warps=8, num_stages=2, blocks={"BT": 64}),
+LAUNCH = LaunchTable({
+    (64, 80): Launch(num_warps=4, num_stages=3, blocks={"BT": 64}),
+    (128, 80): Launch(num_warps=4, num_stages=3, blocks={"BT": 32}),
+    (128, 90): Launch(num_warps=8, num_stages=3, blocks={"BT": 64}),
     (256, 80): Launch(num_warps=8, num_stages=2, blocks={"BT": 32}),
     (512, 80): Launch(num_warps=8, num_stages=1, blocks={"BT": 16}),
 })  # fmt: skip
@@ -81,9 +76,9 @@ def _forward_kernel(
         origin = (first + begin) * H + h
         user = _tile(u, origin, H, r, columns, inside, R, BR)
         key = _tile(k, origin, H, r, columns, inside, R, BR)
-        products = tl.dot(user, tl.trans(key), input_precision=PRECISION)
-        score = tl.sum(tl.where(r[:, None] >= r[None, :], products, 0.0), 1)
-        score += tl.sum(user.to(tl.float32) * total[None, :], 1)
+        triangle = (r[:, None] >= r[None, :]).to(key.dtype)
+        so_far = tl.dot(triangle, key, input_precision=PRECISION) + total[None, :]
+        score = tl.sum(user.to(tl.float32) * so_far, 1)
         count = (before + begin + r + 1).to(tl.float32)
         tl.store(scores + origin + r * H, score / count, mask=inside)
         total += tl.sum(key.to(tl.float32), 0)
@@ -130,10 +125,10 @@ def _backward_kernel(
         tl.store(last + at, total, mask=columns < R)
 
 
-def _options(table: LaunchTable, x: Tensor) -> dict[str, object]:
+def _options(x: Tensor) -> dict[str, object]:
     """Launch options and sizes of a kernel."""
     padded = next_power_of_2(x.shape[3])
-    launch = table.lookup(padded * (1 if x.dtype == torch.bfloat16 else 2), capability_of(x.device))
+    launch = LAUNCH.lookup(padded * (1 if x.dtype == torch.bfloat16 else 2), capability_of(x.device))
     precision = "ieee" if interpreting() else "tf32x3" if x.dtype == torch.float32 else "tf32"
     return {"H": x.shape[2], "R": x.shape[3], "BR": padded, "PRECISION": precision, **launch.options()}
 
@@ -151,7 +146,7 @@ def _forward(
     pieces, heads = cu_pieces.numel() - 1, u.shape[2]
     scores = u.new_empty(u.shape[:3], dtype=torch.float32)
     sums = u.new_empty(pieces, heads, u.shape[3], dtype=torch.float32)
-    _forward_kernel[(pieces * heads,)](u, k, cu_pieces, carried_sum, carried_count, scores, sums, **_options(FORWARD, u))
+    _forward_kernel[(pieces * heads,)](u, k, cu_pieces, carried_sum, carried_count, scores, sums, **_options(u))
     return scores, sums
 
 
@@ -177,7 +172,7 @@ def _backward(
     du, dk = torch.empty_like(u), torch.empty_like(k)
     pieces, heads = cu_pieces.numel() - 1, u.shape[2]
     dcarried = u.new_empty(pieces, heads, u.shape[3], dtype=torch.float32)
-    options = _options(BACKWARD, u)
+    options = _options(u)
     for x, carried, out, last, reverse in ((k, carried_sum, du, None, False), (u, dsums, dk, dcarried, True)):
         _backward_kernel[(pieces * heads,)](x, dscores, cu_pieces, carried, carried_count, out, last, REVERSE=reverse, **options)
     return du, dk, dcarried
@@ -231,13 +226,13 @@ def compile_specs(capability: int) -> Iterator[CompileSpec]:
         numbers = dict.fromkeys(("scores", "dscores", "sums", "carried_sum", "carried", "last"), "*fp32")
         pointers = {**tokens, **numbers, "cu_pieces": "*i64", "carried_count": "*i64"}
         shape = {"H": 16, "R": size, "BR": size, "PRECISION": "tf32" if dtype == "bf16" else "tf32x3"}
+        launch = LAUNCH.lookup(size if dtype == "bf16" else 2 * size, capability)
         parts = (
-            ("forward", _forward_kernel, FORWARD, {}),
-            ("du", _backward_kernel, BACKWARD, {"REVERSE": False, "last": None}),
-            ("dk", _backward_kernel, BACKWARD, {"REVERSE": True}),
+            ("forward", _forward_kernel, {}),
+            ("du", _backward_kernel, {"REVERSE": False, "last": None}),
+            ("dk", _backward_kernel, {"REVERSE": True}),
         )
-        for name, kernel, table, more in parts:
-            launch = table.lookup(size if dtype == "bf16" else 2 * size, capability)
+        for name, kernel, more in parts:
             yield CompileSpec(
                 f"memory_caching online {name} {size} {dtype}", kernel, pointers, {**shape, **more, **launch.blocks},
                 launch.num_warps, launch.num_stages,
