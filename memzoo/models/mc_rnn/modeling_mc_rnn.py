@@ -78,5 +78,9 @@ class MemoryCachingForCausalLM(MemzooForCausalLM):
     config: MemoryCachingConfig
     model_class = MemoryCachingModel
 
+    def __init__(self, config: MemoryCachingConfig):
+        super().__init__(config)
+        self.generation_config.top_k = None  # transformers takes the memories that a token reads for tokens to sample from
+
 
 __all__ = ["MemoryCachingConfig", "MemoryCachingForCausalLM", "MemoryCachingModel"]
