@@ -26,12 +26,16 @@ from memzoo.models.titans.configuration_titans import TitansConfig
 
 JSON, PICTURE = "results.json", "memory_routing.png"
 CONV_WIDTH, TOP_K, ENOUGH, WARM_UP = 4, 2, 0.998, 50
-MIXERS = ("base", *(f"{read}-{routing}" for read in ("gated", "sparse") for routing in reversed(ROUTINGS)), "attention")
-MEASURE, FINAL = 64, 256  # fresh sequences of a point of a curve, and of a final accuracy
+LOW_RANK = "gated-energy-low-rank"  # descriptors of half the head's dimension: a quarter of their bytes
+MIXERS = ("base", *(f"{read}-{routing}" for read in ("gated", "sparse") for routing in ROUTINGS), LOW_RANK, "attention")
+MEASURE, FINAL = 128, 512  # fresh sequences of a point of a curve, and of a final accuracy
 
 
-def build(mixer: str, longest: int, options: argparse.Namespace) -> nn.Module:
-    """An untrained model with `mixer`: "base" (one matrix), "attention", or a way to read cached matrices, such as "gated-mean"."""
+def build(mixer: str, length: int, options: argparse.Namespace) -> nn.Module:
+    """An untrained model with `mixer`: "base" (one matrix), "attention", or a way to read cached matrices, such as "gated-mean".
+
+    `length` is that of training sequences; cached memories are of length / `options.segments` tokens.
+    """
     sizes = {
         "vocab_size": options.vocab_size,
         "hidden_size": options.hidden_size,
@@ -43,15 +47,21 @@ def build(mixer: str, longest: int, options: argparse.Namespace) -> nn.Module:
         "conv_width": CONV_WIDTH,
         "output_gate": False,
     }
-    if mixer == "attention":  # rotary positions; a window that holds the longest sequence
-        config = TitansConfig(variant="lmm", memory_layers=[], num_persistent_tokens=0, sliding_window=longest + 1, **sizes)
+    if mixer == "attention":  # rotary positions; a window that holds the longest sequence that is scored
+        config = TitansConfig(variant="lmm", memory_layers=[], num_persistent_tokens=0, sliding_window=4 * length + 1, **sizes)
     elif mixer == "base":
         config = MemoryCachingConfig(memory="linear", aggregation="none", **sizes)
     else:
-        aggregation, routing = mixer.split("-")
-        top_k = TOP_K if aggregation == "sparse" else None
-        cached = {"aggregation": aggregation, "routing": routing, "top_k": top_k, "segment_length": options.segment_length}
-        config = MemoryCachingConfig(memory="linear", **cached, **sizes)
+        aggregation, routing = mixer.removesuffix("-low-rank").split("-")
+        config = MemoryCachingConfig(
+            memory="linear",
+            aggregation=aggregation,
+            routing=routing,
+            routing_dim=options.hidden_size // options.heads // 2 if mixer == LOW_RANK else None,
+            top_k=TOP_K if aggregation == "sparse" else None,
+            segment_length=length // options.segments,
+            **sizes,
+        )
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -76,7 +86,7 @@ def learn(mixer: str, pairs: int, seed: int, options: argparse.Namespace) -> dic
     length = 4 * pairs
     others = [(2 * length, pairs), (4 * length, pairs), (2 * length, 2 * pairs)]
     torch.manual_seed(seed)
-    model = build(mixer, 4 * length, options)
+    model = build(mixer, length, options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0)
     batch = max(1, options.tokens // length)
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -93,7 +103,7 @@ def learn(mixer: str, pairs: int, seed: int, options: argparse.Namespace) -> dic
             curve.append([step, round(accuracy(model, length, pairs, MEASURE, seed=10**6 + seed), 5)])
             rate = (time.perf_counter() - start) / step
             print(
-                f"{pairs} pairs  seed {seed}  {mixer:<13} step {step:4}  accuracy {curve[-1][1]:.3f}  {rate:.2f} s a step",
+                f"{pairs} pairs  seed {seed}  {mixer:<21} step {step:4}  accuracy {curve[-1][1]:.3f}  {rate:.2f} s a step",
                 flush=True,
             )
             if curve[-1][1] >= ENOUGH:
@@ -110,7 +120,7 @@ def learn(mixer: str, pairs: int, seed: int, options: argparse.Namespace) -> dic
 
 def settings(options: argparse.Namespace) -> dict:
     """What runs in one file share, beside the constants of this script."""
-    names = ("vocab_size", "hidden_size", "layers", "heads", "segment_length", "tokens", "learning_rate", "every")
+    names = ("vocab_size", "hidden_size", "layers", "heads", "segments", "tokens", "learning_rate", "every")
     constants = {"conv_width": CONV_WIDTH, "top_k": TOP_K, "stops_at_accuracy": ENOUGH, "warm_up_steps": WARM_UP}
     return {name: getattr(options, name) for name in names} | constants
 
@@ -172,7 +182,14 @@ def draw(runs: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colors = {"base": "#8a8a8a", "attention": "#111111", "mean": "#b23a48", "submax": "#d08c1d", "energy": "#0b6e4f"}
+    colors = {
+        "base": "#8a8a8a",
+        "attention": "#111111",
+        "mean": "#b23a48",
+        "submax": "#d08c1d",
+        "energy": "#0b6e4f",
+        "energy-low-rank": "#5aa9d6",
+    }
     counts = sorted({run["pairs"] for run in runs})
     figure, grid = plt.subplots(len(counts), 2, figsize=(9.6, 3.9 * len(counts)), dpi=150, layout="constrained", squeeze=False)
     for (curves, states), pairs in zip(grid, counts):
@@ -181,7 +198,7 @@ def draw(runs: list[dict], path: Path) -> None:
             group = [run for run in here if run["mixer"] == mixer]
             if not group:
                 continue
-            color, sparse = colors[mixer.split("-")[-1]], mixer.startswith("sparse")
+            color, sparse = colors[mixer.removeprefix("gated-").removeprefix("sparse-")], mixer.startswith("sparse")
             for i, run in enumerate(group):
                 style = {"color": color, "linestyle": "--" if sparse else "-", "linewidth": 1.4, "alpha": 0.85}
                 curves.plot(*zip([0, 0], *run["curve"]), label=mixer if i == 0 else None, **style)
@@ -220,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tokens", type=int, default=3072, help="tokens of a training step (default: 3072, 24 sequences of 32 pairs)"
     )
-    parser.add_argument("--segment-length", type=int, default=32, help="tokens of a cached memory (default: 32)")
+    parser.add_argument("--segments", type=int, default=4, help="memories that a training sequence is cut into (default: 4)")
     parser.add_argument("--learning-rate", type=float, default=6e-3)
     parser.add_argument("--vocab-size", type=int, default=512)
     parser.add_argument("--hidden-size", type=int, default=64)
@@ -231,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in options.only if name not in MIXERS]
     if unknown:
         parser.error(f"--only has {unknown[0]}, needs some of {', '.join(MIXERS)}")
-    for name in ("steps", "seeds", "every", "tokens"):
+    for name in ("steps", "seeds", "every", "tokens", "segments", "heads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}, needs at least 1")
     torch.set_num_threads(1)  # small products: more threads would only wait for each other
@@ -247,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         for pairs in options.pairs:  # what cannot work is said now, not after an hour
             associative_recall(1, 4 * pairs, pairs, options.vocab_size, torch.Generator())
         for mixer in options.only:
-            build(mixer, 4, options)
+            build(mixer, 4 * min(options.pairs), options)
         options.out.mkdir(parents=True, exist_ok=True)
         runs = load(path, wanted)
         done = {(run["mixer"], run["pairs"], run["seed"]) for run in runs}
