@@ -104,3 +104,90 @@ def test_equals_the_definition(routing, layout):
 def test_head_dimensions(routing, key_dim, value_dim, dim):
     layout = [(0, [6, 9, 3])]
     check(layout, routing, gradient_bound=5 * BOUND[torch.float32], heads=1, key_dim=key_dim, value_dim=value_dim, dim=dim)
+
+
+@pytest.mark.parametrize("routing, rows", [("mean", 1), ("submax", 2), ("submax", 16)])
+def test_more_memories_and_tokens_than_one_block(routing, rows):
+    layout = [(15, [2, 150, 1, 3])]
+    check(layout, routing, gradient_bound=5 * BOUND[torch.float32], heads=1, value_dim=16, rows=rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("routing", [None, "mean", "energy", "submax"])
+def test_half_precision(routing, dtype):
+    check(LAYOUTS["one sequence"], routing, 2 * BOUND[dtype], 3 * BOUND[dtype], dtype=dtype, dim=32)
+
+
+@pytest.mark.parametrize("routing", ["mean", "submax"])
+def test_large_scores_keep_their_digits_in_bfloat16(routing):
+    """Scores near 60 that differ by 0.2: descriptors rounded to bfloat16 would shift each by as much."""
+    tensors, where = example([(3, [8])], routing, heads=1, dtype=torch.bfloat16, rows=1)
+    tensors["u"] = torch.full_like(tensors["u"], 3.0)
+    exact = torch.tensor([60.0, 60.2, 60.4, 0.0]) / (3 * 16)
+    tensors["descriptors"] = exact.view(4, 1, *[1] * (tensors["descriptors"].dim() - 2)).expand_as(tensors["descriptors"]).clone()
+    tensors["online_score"] = torch.full_like(tensors["online_score"], 60.1)
+    tensors["online"] = torch.ones_like(tensors["online"])
+    actual = gated_read(*tensors.values(), *where, routing)
+    expected = definition(*(t.double() for t in tensors.values()), *where[:3], routing)
+    assert_close(actual, expected, 0.01)
+
+
+def test_the_first_of_equal_sub_blocks_takes_the_gradient():
+    tensors, where = example([(1, [4])], "submax", heads=1, rows=4)
+    tensors["descriptors"] = tensors["descriptors"][:, :, :1].repeat(1, 1, 4, 1)
+    _, grads = outputs_and_gradients(lambda *x: gated_read(*x, *where, "submax"), tensors)
+    assert grads["descriptors"][0, :, 0].abs().min() > 0
+    assert not grads["descriptors"][:, :, 1:].any()
+
+
+@pytest.mark.parametrize("routing", [None, "mean", "energy", "submax"])
+def test_without_any_memory_the_online_read_is_returned(routing):
+    tensors, where = example([(0, [5]), (0, [2])], routing)
+    tensors["bank"], descriptors = tensors["bank"][:0], tensors["descriptors"]
+    tensors["descriptors"] = None if descriptors is None else descriptors[:0]
+    where[3:] = [w[:0] for w in where[3:]]
+    y, grads = outputs_and_gradients(lambda *x: gated_read(*x, *where, routing), tensors)
+    assert torch.equal(y, tensors["online"])
+    assert not grads["q"].any() and grads["bank"].shape == tensors["bank"].shape
+    if routing is not None:
+        assert not grads["u"].any() and grads["online_score"].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("routing", ["mean", "submax"])
+def test_repeatable(routing):
+    tensors, where = example([(1, [6, 9, 3])], routing, key_dim=136, heads=1)
+    once, again = (outputs_and_gradients(lambda *x: gated_read(*x, *where, routing), tensors) for _ in range(2))
+    assert torch.equal(once[0], again[0])
+    assert all(torch.equal(once[1][name], again[1][name]) for name in once[1])
+
+
+@pytest.mark.parametrize("routing", [None, "mean", "energy", "submax"])
+def test_operator_is_registered_properly(routing):
+    tensors, where = example([(1, [3, 2])], routing, heads=1, value_dim=16)
+    given = [None if t is None else t.requires_grad_() for t in tensors.values()]
+    torch.library.opcheck(read._forward, (*given, *where, routing))
+
+
+@pytest.mark.parametrize("routing", [None, "mean", "energy", "submax"])
+def test_meta_tensors(routing):
+    tensors, where = example(LAYOUTS["one sequence"], routing)
+    meta = {n: None if t is None else t.to("meta").requires_grad_() for n, t in tensors.items()}
+    y = gated_read(*meta.values(), *(w.to("meta") for w in where), routing)
+    assert y.shape == tensors["online"].shape
+    y.sum().backward()
+    assert all(t is None or t.grad.shape == t.shape for t in meta.values())
+
+
+@pytest.mark.parametrize(
+    "routing, dim, rows, message",
+    [
+        ("median", 16, 1, "routing is 'median', needs one of None, mean, energy, submax"),
+        ("energy", 136, 1, "u has head dimension 136, at most 128 fit the Triton kernels with routing 'energy'"),
+        ("submax", 16, 3, "descriptors have 3 sub-blocks, needs a power of two up to 16"),
+        ("submax", 16, 32, "descriptors have 32 sub-blocks, needs a power of two up to 16"),
+    ],
+)
+def test_refusals(routing, dim, rows, message):
+    with pytest.raises(ValueError, match=message) as error:
+        check_routing("memory_caching", routing, dim, rows)
+    assert "\n" not in str(error.value)

@@ -2,14 +2,14 @@
 
     r_t = u_t . c_t / n_t,    c_t = carried + sum_{j <= t} k_j,    n_t = carried count + tokens of the piece up to t
 
-One program goes through a piece of one head with the running sum [R] in registers; within a block of tokens the sum over j is
-a product with a triangle of ones. Backward, with w_t = dr_t / n_t, the same sweep gives du_t = w_t c_t, and one that goes from the end gives
+One program goes through a piece of one head with the running sum [R] in registers; within a block of tokens the sum over j is a product
+with a triangle of ones. Backward, with w_t = dr_t / n_t, the same sweep gives du_t = w_t c_t, and one that goes from the end gives
 dk_j = dsums + sum_{t >= j} w_t u_t.
 
-Bytes a token and head in bf16: u and k once, 4 R, and 4 for r: 516 at R = 128, 0.12 ns at 4.3 TB/s; backward k, u in and du, dk out, 8 R and
-twice 4 for dr: 1,032, 0.24 ns. Operations with blocks of 64 tokens: 2 x 64 R = 16 kFLOP forward and 33 backward, 0.02 and 0.04 ns at
-790 TFLOP/s: bound by memory. A case of T = 16k and C = 256 has 64 programs a head; one piece that long is one program a head, whose 256
-blocks in turn, a microsecond or so each, take longer than its bytes do.
+Bytes a token and head in bf16: u and k once, 4 R, and 4 for r: 516 at R = 128, 0.12 ns at 4.3 TB/s; backward k and u in, du and dk out,
+8 R, and twice 4 for dr: 1,032, 0.24 ns. Operations with blocks of 64 tokens: 2 x 64 R = 16 kFLOP forward and 33 backward, 0.02 and
+0.04 ns at 790 TFLOP/s: bound by memory. A case of T = 16k and C = 256 has 64 programs a head; one piece that long is one program a head,
+whose 256 blocks in turn, a microsecond or so each, take longer than its bytes do.
 """
 
 from __future__ import annotations

@@ -49,32 +49,31 @@ def _table(entries: dict[tuple[int, int], tuple[int, int, int, int]]) -> LaunchT
 ROWS, ENERGY = "rows", "energy"
 FORWARD = {
     ROWS: _table({
-        (64, 80): (128, 64, 4, 3), (128, 80): (128, 128, 8, 2), (256, 80): (64, 64, 4, 2), (512, 80): (32, 32, 4, 1),
-        (128, 90): (128, 128, 8, 3), (256, 90): (128, 128, 8, 2),
+        (64, 80): (128, 64, 4, 3), (128, 80): (64, 128, 8, 3), (256, 80): (32, 64, 8, 2), (512, 80): (16, 32, 8, 1),
+        (128, 90): (128, 128, 8, 3), (256, 90): (128, 64, 8, 3),
     }),
     ENERGY: _table({
-        (64, 80): (128, 64, 8, 2), (128, 80): (64, 128, 8, 1), (256, 80): (64, 64, 8, 1), (512, 80): (16, 32, 4, 1),
-        (128, 90): (128, 128, 8, 2), (256, 90): (64, 128, 8, 1),
+        (64, 80): (128, 64, 8, 2), (128, 80): (64, 128, 8, 1), (256, 80): (64, 64, 8, 1), (512, 80): (16, 64, 8, 1),
+        (128, 90): (128, 64, 8, 3), (256, 90): (64, 128, 8, 1),
     }),
 }  # fmt: skip
 BACKWARD_QUERIES = {
     ROWS: _table({
-        (64, 80): (128, 64, 8, 2), (128, 80): (64, 128, 8, 2), (256, 80): (64, 64, 8, 1), (512, 80): (16, 32, 4, 1),
-        (128, 90): (128, 128, 8, 2), (256, 90): (64, 128, 8, 2),
+        (64, 80): (128, 64, 8, 2), (128, 80): (64, 64, 8, 3), (256, 80): (16, 64, 8, 2), (512, 80): (16, 32, 8, 1),
+        (128, 90): (128, 64, 8, 3),
     }),
     ENERGY: _table({
-        (64, 80): (64, 64, 4, 2), (128, 80): (64, 128, 8, 1), (256, 80): (32, 64, 8, 1), (512, 80): (16, 32, 4, 1),
+        (64, 80): (64, 64, 4, 2), (128, 80): (64, 128, 8, 1), (256, 80): (32, 64, 8, 1), (512, 80): (16, 32, 8, 1),
         (128, 90): (64, 128, 8, 2), (256, 90): (64, 128, 8, 1),
     }),
 }  # fmt: skip
 BACKWARD_BANK = {
     ROWS: _table({
-        (64, 80): (64, 64, 4, 2), (128, 80): (64, 128, 8, 2), (256, 80): (32, 64, 8, 1), (512, 80): (16, 16, 8, 1),
-        (128, 90): (64, 128, 8, 2), (256, 90): (64, 64, 8, 2),
+        (64, 80): (64, 64, 4, 3), (128, 80): (64, 128, 8, 3), (256, 80): (16, 64, 8, 2), (512, 80): (16, 16, 8, 1),
     }),
     ENERGY: _table({
-        (64, 80): (64, 64, 4, 2), (128, 80): (32, 128, 8, 1), (256, 80): (32, 32, 8, 1), (512, 80): (16, 16, 8, 1),
-        (128, 90): (64, 128, 8, 1), (256, 90): (32, 32, 8, 1),
+        (64, 80): (64, 64, 4, 2), (128, 80): (32, 128, 8, 2), (256, 80): (32, 32, 8, 1), (512, 80): (16, 16, 8, 1),
+        (128, 90): (32, 128, 8, 3),
     }),
 }  # fmt: skip
 OWN = _table({(256, 80): (16, 256, 4, 1)})
@@ -392,9 +391,13 @@ def _backward_bank_kernel(
     if ROUTING != "none":
         at = (tile.to(tl.int64) * entries + entry) * H + h
         if ROUTING == "energy":
-            tl.store(ddescriptors + at * (R * R) + (d[:, None] * R + d[None, :]), key_grad, mask=(d < R)[:, None] & (d < R)[None, :])
+            tl.store(
+                ddescriptors + at * (R * R) + (d[:, None] * R + d[None, :]), key_grad, mask=(d < R)[:, None] & (d < R)[None, :]
+            )
         else:
-            tl.store(ddescriptors + at * (S * R) + (s[:, None] * R + d[None, :]), key_grad, mask=(s < S)[:, None] & (d < R)[None, :])
+            tl.store(
+                ddescriptors + at * (S * R) + (s[:, None] * R + d[None, :]), key_grad, mask=(s < S)[:, None] & (d < R)[None, :]
+            )
 
 
 def check_routing(op: str, routing: str | None, dim: int, sub_blocks: int = 1) -> None:
@@ -540,7 +543,8 @@ def _backward(
         )
     chunks = chunk_indices(cu_pieces, total, options["BM"])
     _backward_queries_kernel[(chunks.shape[0] * heads * tiles,)](
-        q, u, bank, descriptors, rest, lse, dy, delta, dq, du, cu_pieces, chunks, first, count, chunks.shape[0], total, **constants, **options,
+        q, u, bank, descriptors, rest, lse, dy, delta, dq, du, cu_pieces, chunks, first, count, chunks.shape[0], total,
+        **constants, **options,
     )  # fmt: skip
     _backward_bank_kernel[(entries * heads * bank_tiles,)](
         q, u, bank, descriptors, rest, lse, dy, delta, dbank, ddescriptors, reader_start, reader_end, entries, **constants, **bank_options,
@@ -624,7 +628,7 @@ def gated_read(
 
 
 def compile_specs(capability: int) -> Iterator[CompileSpec]:
-    """Every launch-table entry for one compute capability in bf16, with one and with the most sub-blocks; the largest in float32."""
+    """Every launch-table entry for one compute capability in bf16: no gates, one and the most sub-blocks, energy."""
     places = dict.fromkeys(("cu_pieces", "first", "count", "reader_start", "reader_end"), "*i64")
     sizes = {"chunks": "*i32", "blocks": "i32", "tokens": "i64", "entries": "i64"}
     numbers = dict.fromkeys(("online_score", "lse", "delta", "donline_score", "dbank", "ddescriptors"), "*fp32")
@@ -633,24 +637,24 @@ def compile_specs(capability: int) -> Iterator[CompileSpec]:
         ("backward queries", _backward_queries_kernel, BACKWARD_QUERIES),
         ("backward memories", _backward_bank_kernel, BACKWARD_BANK),
     )
-    for dtype, size in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 256)):
-        tokens = dict.fromkeys(("q", "u", "online", "y", "dy", "dq", "du", "donline", "bank", "descriptors", "rest"), f"*{dtype}")
+    tokens = dict.fromkeys(("q", "u", "online", "y", "dy", "dq", "du", "donline", "bank", "descriptors", "rest"), "*bf16")
+    pointers = {**tokens, **numbers, **places, **sizes}
+    for size in (64, 128, 256):
         for routing, rows in (("none", 1), ("rows", 1), ("rows", MAX_SUB_BLOCKS), ("energy", 1)):
             energy = routing == "energy"
             dim = min(size, MAX_ENERGY_DIM) if energy else size
-            pointers = {**tokens, **numbers, **places, **sizes}
             for name, kernel, tables in kernels:
-                launch = tables[ENERGY if energy else ROWS].lookup(size if dtype == "bf16" else 2 * size, capability)
+                launch = tables[ENERGY if energy else ROWS].lookup(size, capability)
                 label = {"none": "no gates", "rows": f"{rows} rows", "energy": "energy"}[routing]
                 yield CompileSpec(
-                    f"memory_caching read {name} {size} {dtype}, {label}", kernel, pointers,
+                    f"memory_caching read {name} {size}, {label}", kernel, pointers,
                     {"ROUTING": routing, "H": 16, "DK": size, "DV": size, "R": dim, "S": rows, "BE": _entries(rows), "BK": size,
-                     "BV": size, "BR": dim, "PRECISION": "tf32" if dtype == "bf16" else "tf32x3", **launch.blocks,
-                     **({} if routing == "rows" and dtype == "bf16" else {"rest": None})},
+                     "BV": size, "BR": dim, "PRECISION": "tf32", **launch.blocks,
+                     **({} if routing == "rows" else {"rest": None})},
                     launch.num_warps, launch.num_stages,
                 )  # fmt: skip
     launch = OWN.lookup(256, capability)
     yield CompileSpec(
-        "memory_caching read own segment", _own_kernel, {**dict.fromkeys(("online", "y", "dy", "donline"), "*fp32"), **numbers, "rows": "i64"},
+        "memory_caching read own segment", _own_kernel, {**tokens, **numbers, "rows": "i64"},
         {"DV": 256, **launch.blocks}, launch.num_warps, launch.num_stages,
     )  # fmt: skip
