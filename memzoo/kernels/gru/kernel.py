@@ -1,7 +1,7 @@
 """Triton kernels of the GRU: one persistent program a head and tile of sequences, forward and backward; checked against the definition.
 
 `forward` holds the head's three recurrent weights (6 D^2 bytes in bf16, in shared memory) and walks forward in time: three products
-[16, D] x [D, D], gates, one store of h. The gates of the next token are loaded a step ahead. The backward saves inputs and h. One
+[16, D] x [D, D], gates, one store of h. Loads run two steps ahead. The backward saves inputs and h. One
 batched product over all tokens gives the recurrent parts of the gates again; `backward` holds the transposed weights, walks back and
 writes the gradients of x and, over the recurrent parts themselves, theirs (they differ by the reset gate in the candidate); one batched
 product gives the weight's gradient and one sum the bias's.
@@ -38,18 +38,20 @@ from ..common.recurrent_kernel import (
     weight_gradient,
 )
 
-# Keyed by the padded D, twice that in float32. BN: rows of a tile; more warps than D / 8 would hold the same weights twice.
+# Keyed by the padded D, twice that in float32. BN: rows of a tile; STAGES: steps in flight, as many as shared memory has room for beside
+# the weights. More warps than D / 8 would compute the same columns twice.
 FORWARD = LaunchTable({
-    (16, 80): Launch(num_warps=1, num_stages=1, blocks={"BN": 16}),
-    (32, 80): Launch(num_warps=2, num_stages=1, blocks={"BN": 16}),
-    (64, 80): Launch(num_warps=4, num_stages=1, blocks={"BN": 16}),
-    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BN": 16}),
+    (16, 80): Launch(num_warps=1, num_stages=1, blocks={"BN": 16, "STAGES": 3}),
+    (32, 80): Launch(num_warps=2, num_stages=1, blocks={"BN": 16, "STAGES": 3}),
+    (64, 80): Launch(num_warps=4, num_stages=1, blocks={"BN": 16, "STAGES": 3}),
+    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BN": 16, "STAGES": 3}),
 })  # fmt: skip
 BACKWARD = LaunchTable({
-    (16, 80): Launch(num_warps=1, num_stages=1, blocks={"BN": 16}),
-    (32, 80): Launch(num_warps=2, num_stages=1, blocks={"BN": 16}),
-    (64, 80): Launch(num_warps=4, num_stages=1, blocks={"BN": 16}),
-    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BN": 16}),
+    (16, 80): Launch(num_warps=1, num_stages=1, blocks={"BN": 16, "STAGES": 3}),
+    (32, 80): Launch(num_warps=2, num_stages=1, blocks={"BN": 16, "STAGES": 3}),
+    (64, 80): Launch(num_warps=4, num_stages=1, blocks={"BN": 16, "STAGES": 3}),
+    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BN": 16, "STAGES": 2}),
+    (128, 90): Launch(num_warps=8, num_stages=1, blocks={"BN": 16, "STAGES": 3}),
 })  # fmt: skip
 
 
@@ -73,6 +75,7 @@ def _bias(bias, head, D: tl.constexpr, BD: tl.constexpr):
 def _forward_kernel(
     x, weight, bias, initial, y, final, cu_seqlens, N, T, H,
     D: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """h of every token, and after the last."""
     head, n, first, length = rows(cu_seqlens, N, T, H, VARLEN, BN)
@@ -82,15 +85,13 @@ def _forward_kernel(
     shift = tl.broadcast_to(_bias(bias, head, D, BD), (BN, BD))
     at, held = at_state(n, N, head, H, D, BD)
     h = tl.load(initial + at, mask=held, other=0.0)
-    next_r, next_z, next_n = _gates(x, 0, first, length, head, H, D, BD)
     steps = tl.max(length)
-    for t in range(steps):
-        x_r, x_z, x_n = next_r.to(tl.float32), next_z.to(tl.float32), next_n.to(tl.float32)
-        next_r, next_z, next_n = _gates(x, t + 1, first, length, head, H, D, BD)
+    for t in tl.range(0, steps, num_stages=STAGES):
+        x_r, x_z, x_n = _gates(x, t, first, length, head, H, D, BD)
         last = h.to(w_r.dtype)
-        r = sigmoid(tl.dot(last, w_r, acc=x_r, input_precision=PRECISION))
-        z = sigmoid(tl.dot(last, w_z, acc=x_z, input_precision=PRECISION))
-        new = tanh(x_n + r * tl.dot(last, w_n, acc=shift, input_precision=PRECISION))
+        r = sigmoid(tl.dot(last, w_r, acc=x_r.to(tl.float32), input_precision=PRECISION))
+        z = sigmoid(tl.dot(last, w_z, acc=x_z.to(tl.float32), input_precision=PRECISION))
+        new = tanh(x_n.to(tl.float32) + r * tl.dot(last, w_n, acc=shift, input_precision=PRECISION))
         token, inside = at_time(t, first, length, head, H, D, BD, 1)
         h = tl.where(inside, new + z * (h - new), h)
         tl.store(y + token, h.to(y.dtype.element_ty), mask=inside)
@@ -99,20 +100,17 @@ def _forward_kernel(
 
 
 @triton.jit
-def _tokens(x, recurrent, before, dy, t, first, length, head, H, D: tl.constexpr, BD: tl.constexpr):
-    """The tile's gates (input and recurrent part of r, z, n), state before, and gradient from outside, at time t."""
-    x_r, x_z, x_n = _gates(x, t, first, length, head, H, D, BD)
-    a_r, a_z, a_n = _gates(recurrent, t, first, length, head, H, D, BD)
-    token, inside = at_time(t, first, length, head, H, D, BD, 1)
-    last = tl.load(before + token, mask=inside, other=0.0)
-    outer = tl.load(dy + token, mask=inside, other=0.0)
-    return x_r, x_z, x_n, a_r, a_z, a_n, last, outer
+def _load(x, t, first, length, head, H, D: tl.constexpr, BD: tl.constexpr):
+    """The tile's tokens at time t of [.., H, D], zeros before the first and after the last."""
+    at, inside = at_time(t, first, length, head, H, D, BD, 1)
+    return tl.load(x + at, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
 def _backward_kernel(
     x, recurrent, weight, bias, before, dy, dfinal, dx, dinitial, cu_seqlens, N, T, H,
     D: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x, of the recurrent parts of the gates (over those parts themselves), and of the initial states."""
     head, n, first, length = rows(cu_seqlens, N, T, H, VARLEN, BN)
@@ -123,18 +121,15 @@ def _backward_kernel(
     at, held = at_state(n, N, head, H, D, BD)
     dh = tl.load(dfinal + at, mask=held, other=0.0)
     steps = tl.max(length)
-    x_r, x_z, x_n, a_r, a_z, a_n, next_last, next_outer = _tokens(
-        x, recurrent, before, dy, steps - 1, first, length, head, H, D, BD
-    )
-    for step in range(steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         t = steps - 1 - step
+        x_r, x_z, x_n = _gates(x, t, first, length, head, H, D, BD)
+        a_r, a_z, a_n = _gates(recurrent, t, first, length, head, H, D, BD)
+        last = _load(before, t, first, length, head, H, D, BD).to(tl.float32)
+        outer = _load(dy, t, first, length, head, H, D, BD).to(tl.float32)
         r, z = sigmoid(x_r.to(tl.float32) + a_r.to(tl.float32)), sigmoid(x_z.to(tl.float32) + a_z.to(tl.float32))
         candidate = a_n.to(tl.float32) + shift
         new = tanh(x_n.to(tl.float32) + r * candidate)
-        last, outer = next_last.to(tl.float32), next_outer.to(tl.float32)
-        x_r, x_z, x_n, a_r, a_z, a_n, next_last, next_outer = _tokens(
-            x, recurrent, before, dy, t - 1, first, length, head, H, D, BD
-        )
         total = dh + outer
         d_new = total * (1 - z) * (1 - new * new)
         d_r = (d_new * candidate * r * (1 - r)).to(w_r.dtype)

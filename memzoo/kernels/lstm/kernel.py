@@ -1,10 +1,10 @@
 """Triton kernels of the LSTM: one persistent program a head and tile of sequences, forward and backward; checked against the definition.
 
 `forward` holds the head's four recurrent weights (8 D^2 bytes in bf16, in shared memory) and walks forward in time: four products
-[16, D] x [D, D], gates, one store of h (or the output gate) and one of c. The gates of the next token are loaded a step ahead. The
-backward saves inputs, outputs and cells. One batched product over all tokens gives every `a_t = x_t + h_{t-1} W` again; `backward`
-holds the transposed weights, walks back and writes the gradients of a over a itself; one batched product gives the weight's gradient.
-Carrying that gradient in the walk, or both the weights and their transposes, would not fit.
+[16, D] x [D, D], gates, one store of h (or the output gate) and one of c. Loads run two steps ahead. The backward saves
+inputs, outputs and cells. One batched product over all tokens gives every `a_t = x_t + h_{t-1} W` again; `backward` holds the transposed
+weights, walks back and writes the gradients of a over a itself; one batched product gives the weight's gradient. Carrying that gradient
+in the walk, or both the weights and their transposes, would not fit.
 
 For each token and head in bf16, in brackets at D = 64:
     forward   12 D bytes (768; all of them compulsory: x 8 D, h, c 2 D)        8 D^2 operations (33 k)
@@ -41,18 +41,21 @@ from ..common.recurrent_kernel import (
     weight_gradient,
 )
 
-# Keyed by the padded D, twice that in float32. BN: rows of a tile; more warps than D / 8 would hold the same weights twice.
+# Keyed by the padded D, twice that in float32. BN: rows of a tile; STAGES: steps in flight, as many as shared memory has room for beside
+# the weights. More warps than D / 8 would compute the same columns twice.
 FORWARD = LaunchTable({
-    (16, 80): Launch(num_warps=1, num_stages=1, blocks={"BN": 16}),
-    (32, 80): Launch(num_warps=2, num_stages=1, blocks={"BN": 16}),
-    (64, 80): Launch(num_warps=4, num_stages=1, blocks={"BN": 16}),
-    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BN": 16}),
+    (16, 80): Launch(num_warps=1, num_stages=1, blocks={"BN": 16, "STAGES": 3}),
+    (32, 80): Launch(num_warps=2, num_stages=1, blocks={"BN": 16, "STAGES": 3}),
+    (64, 80): Launch(num_warps=4, num_stages=1, blocks={"BN": 16, "STAGES": 4}),
+    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BN": 16, "STAGES": 2}),
+    (128, 90): Launch(num_warps=8, num_stages=1, blocks={"BN": 16, "STAGES": 3}),
 })  # fmt: skip
 BACKWARD = LaunchTable({
-    (16, 80): Launch(num_warps=1, num_stages=1, blocks={"BN": 16}),
-    (32, 80): Launch(num_warps=2, num_stages=1, blocks={"BN": 16}),
-    (64, 80): Launch(num_warps=4, num_stages=1, blocks={"BN": 16}),
-    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BN": 16}),
+    (16, 80): Launch(num_warps=1, num_stages=1, blocks={"BN": 16, "STAGES": 3}),
+    (32, 80): Launch(num_warps=2, num_stages=1, blocks={"BN": 16, "STAGES": 3}),
+    (64, 80): Launch(num_warps=4, num_stages=1, blocks={"BN": 16, "STAGES": 3}),
+    (128, 80): Launch(num_warps=8, num_stages=1, blocks={"BN": 16, "STAGES": 1}),
+    (128, 90): Launch(num_warps=8, num_stages=1, blocks={"BN": 16, "STAGES": 3}),
 })  # fmt: skip
 
 
@@ -71,6 +74,7 @@ def _gates(a, t, first, length, head, H, D: tl.constexpr, BD: tl.constexpr):
 def _forward_kernel(
     x, weight, initial_h, initial_c, y, c, final_h, final_c, cu_seqlens, N, T, H,
     D: tl.constexpr, CELLS: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """h (or the output gate, with CELLS) and c of every token, and both after the last."""
     head, n, first, length = rows(cu_seqlens, N, T, H, VARLEN, BN)
@@ -81,11 +85,9 @@ def _forward_kernel(
     at, held = at_state(n, N, head, H, D, BD)
     h = tl.load(initial_h + at, mask=held, other=0.0)
     cell = tl.load(initial_c + at, mask=held, other=0.0)
-    next_i, next_f, next_g, next_o = _gates(x, 0, first, length, head, H, D, BD)
     steps = tl.max(length)
-    for t in range(steps):
-        a_i, a_f, a_g, a_o = next_i, next_f, next_g, next_o
-        next_i, next_f, next_g, next_o = _gates(x, t + 1, first, length, head, H, D, BD)
+    for t in tl.range(0, steps, num_stages=STAGES):
+        a_i, a_f, a_g, a_o = _gates(x, t, first, length, head, H, D, BD)
         last = h.to(w_i.dtype)
         i = sigmoid(tl.dot(last, w_i, acc=a_i.to(tl.float32), input_precision=PRECISION))
         g = tanh(tl.dot(last, w_g, acc=a_g.to(tl.float32), input_precision=PRECISION))
@@ -108,21 +110,11 @@ def _load(x, t, first, length, head, H, D: tl.constexpr, BD: tl.constexpr):
     return tl.load(x + at, mask=inside, other=0.0)
 
 
-@triton.jit
-def _cells(c, initial_c, t, n, N, first, length, head, H, D: tl.constexpr, BD: tl.constexpr):
-    """The tile's cells after and before time t."""
-    at, inside = at_time(t, first, length, head, H, D, BD, 1)
-    time = (tl.zeros_like(length) + t)[:, None]
-    start, _ = at_state(n, N, head, H, D, BD)
-    earlier = tl.load(c + at - H * D, mask=inside & (time > 0), other=0.0).to(tl.float32)
-    earlier += tl.load(initial_c + start, mask=inside & (time == 0), other=0.0)
-    return tl.load(c + at, mask=inside, other=0.0), earlier
-
-
 @triton.jit(do_not_specialize=["N", "T"])
 def _backward_kernel(
     a, weight, initial_c, c, dy, dc_given, dfinal_h, dfinal_c, dinitial_h, dinitial_c, cu_seqlens, N, T, H,
     D: tl.constexpr, CELLS: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the gates, over the gates themselves, and of the initial states."""
     head, n, first, length = rows(cu_seqlens, N, T, H, VARLEN, BN)
@@ -133,23 +125,18 @@ def _backward_kernel(
     at, held = at_state(n, N, head, H, D, BD)
     dh = tl.load(dfinal_h + at, mask=held, other=0.0)
     dc = tl.load(dfinal_c + at, mask=held, other=0.0)
+    oldest = tl.load(initial_c + at, mask=held, other=0.0)
     steps = tl.max(length)
-    next_i, next_f, next_g, next_o = _gates(a, steps - 1, first, length, head, H, D, BD)
-    next_cell, next_earlier = _cells(c, initial_c, steps - 1, n, N, first, length, head, H, D, BD)
-    next_y = _load(dy, steps - 1, first, length, head, H, D, BD)
-    if CELLS:
-        next_c = _load(dc_given, steps - 1, first, length, head, H, D, BD)
-    for step in range(steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         t = steps - 1 - step
-        i, f, g = sigmoid(next_i.to(tl.float32)), sigmoid(next_f.to(tl.float32)), tanh(next_g.to(tl.float32))
-        o, bent, earlier = sigmoid(next_o.to(tl.float32)), tanh(next_cell.to(tl.float32)), next_earlier
-        outer = next_y.to(tl.float32)
-        next_i, next_f, next_g, next_o = _gates(a, t - 1, first, length, head, H, D, BD)
-        next_cell, next_earlier = _cells(c, initial_c, t - 1, n, N, first, length, head, H, D, BD)
-        next_y = _load(dy, t - 1, first, length, head, H, D, BD)
+        a_i, a_f, a_g, a_o = _gates(a, t, first, length, head, H, D, BD)
+        bent = tanh(_load(c, t, first, length, head, H, D, BD).to(tl.float32))
+        earlier = tl.where(t == 0, oldest, _load(c, t - 1, first, length, head, H, D, BD).to(tl.float32))
+        outer = _load(dy, t, first, length, head, H, D, BD).to(tl.float32)
+        i, f = sigmoid(a_i.to(tl.float32)), sigmoid(a_f.to(tl.float32))
+        g, o = tanh(a_g.to(tl.float32)), sigmoid(a_o.to(tl.float32))
         if CELLS:
-            outer_c = next_c.to(tl.float32)
-            next_c = _load(dc_given, t - 1, first, length, head, H, D, BD)
+            outer_c = _load(dc_given, t, first, length, head, H, D, BD).to(tl.float32)
             total_o = outer + dh * bent
             total_c = dc + outer_c + dh * o * (1 - bent * bent)
         else:
