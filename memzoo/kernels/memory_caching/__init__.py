@@ -79,8 +79,8 @@ def memory_caching(
             or none. A segment that starts anew has no token before its first.
         max_segments: most memories that a sequence keeps cached; where one closes too many, each head drops the one that the connector of
             the segment's last token scores lowest. Segments then run one after the other. None for no limit.
-        initial_state: a MemoryCachingState, as a call returned it. `cached` may lie on another device, such as the host's memory: with
-            "sparse" a single token then moves the chosen memories only.
+        initial_state: a MemoryCachingState, as a call returned it. Where gates mix the reads, `cached` may lie on another device, such as
+            the host's memory: with "sparse" a single token then moves the chosen memories only.
         output_final_state: also return the state after the last token.
         cu_seqlens: boundaries of packed sequences, [N + 1], with B = 1; sequences may be empty.
         implementation: "triton", "chunked", "reference", or None for the one that fits the device.

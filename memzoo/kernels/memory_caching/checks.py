@@ -85,6 +85,7 @@ def check_state(
             raise TypeError(f"{op}: initial_state.{name} must be an int or a tensor [N], got {type(value).__name__}")
     tensors = {f"initial_state.cached[{i}]": part for i, part in enumerate(state.cached)}
     slots = state.cached[0].shape[1] if state.cached[0].dim() > 1 else 0
+    _check_places(op, state, caching, slots, caching.collapsed(linear))
     for (name, part), shape in zip(tensors.items(), memory):
         check_shape(op, name, part, (count, slots, *shape), "[N, S, H, ...]")
     if online:
@@ -105,10 +106,23 @@ def check_state(
         check_shape(op, "initial_state.previous", value, (count, *shape), "[N, H, D]")
         tensors["initial_state.previous"] = value
     check_float(op, **tensors)
+    if caching.scored and not (caching.aggregation == "soup" and not linear):  # a cache whose reads are mixed may lie elsewhere
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("initial_state.cached")}
     check_device(op, "q", like, **tensors)
-    if caching.segment_length != LOG and isinstance(state.position, int) and not 0 <= state.position < caching.segment_length:
-        raise ValueError(
-            f"{op}: initial_state.position is {state.position}, needs 0 to segment_length - 1 = {caching.segment_length - 1}"
-        )
     dtype = torch.promote_types(like.dtype, torch.float32)
     return map_tensors(state, lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
+def _check_places(op: str, state: MemoryCachingState, caching: Caching, slots: int, collapsed: bool) -> None:
+    """Raise unless positions and counts fit the segments and the cache, where reading them costs nothing."""
+    if collapsed and slots != 1:
+        raise ValueError(f"{op}: initial_state.cached has {slots} memories, needs 1 with {caching.aggregation!r}, their sum")
+    limits = {"position": (caching.segment_length - 1, f"0 to segment_length - 1 = {caching.segment_length - 1}")}
+    limits["count"] = (float("inf") if collapsed else slots, "0 or more" if collapsed else f"0 to {slots}, the memories in cached")
+    for name, (limit, needs) in limits.items():
+        value = getattr(state, name)
+        if isinstance(value, Tensor) and (value.device.type != "cpu" or torch.compiler.is_compiling()):
+            continue
+        numbers = value.tolist() if isinstance(value, Tensor) else [value]
+        if not all(0 <= n <= limit for n in numbers):
+            raise ValueError(f"{op}: initial_state.{name} is {numbers[:8] if isinstance(value, Tensor) else value}, needs {needs}")

@@ -176,7 +176,7 @@ class PieceTable(NamedTuple):
 def piece_table(
     batch: int, length: int, cu_seqlens: Tensor | None, segment_length: int | str, position: int | Tensor
 ) -> PieceTable:
-    """How the tokens of a call [B, T], or packed, fall into pieces; waits for the device where boundaries or positions are tensors on it."""
+    """How the tokens of a call [B, T], or packed, fall into pieces; waits for the device where boundaries or positions are on it."""
     bounds, first, last, after = [0], [], [], []
     for sequences, tokens, begin, _ in row_groups(batch, length, cu_seqlens, position, 0):
         count = tokens.stop - tokens.start
