@@ -214,7 +214,7 @@ def test_finite_for_long_input(name):
     model = (
         zoo.model(name, scale=1.0, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16)
         if (name.startswith("sdnc"))
-        else zoo.model(name, scale=1.0, num_hidden_layers=1, num_attention_heads=1, head_dim=16)
+        else zoo.model(name, scale=1.0, num_hidden_layers=1, num_attention_heads=1, head_dim=16, **zoo.for_long_input(name))
     )
     with torch.no_grad():
         hidden = model.model(tokens(1, 65_536), use_cache=False).last_hidden_state

@@ -53,6 +53,25 @@ CONFIGS = {
     "titans-mag": ("titans-mag-tiny", {**_TITANS, "num_key_value_heads": 1}),
     "titans-mal": ("titans-mal-tiny", {**_TITANS, "memory_depth": 1, "num_persistent_tokens": 0, "attention_conv_width": 3}),
 }
+_CACHED = {"segment_length": 5, "chunk_size": 4, "memory_expansion": 2}
+CONFIGS |= {
+    "mc-linear": ("mc-linear-gated-tiny", {**_CACHED}),
+    "mc-linear-residual": ("mc-linear-residual-tiny", {**_CACHED, "restart": False, "conv_width": 0}),
+    "mc-linear-average": ("mc-linear-gated-tiny", {**_CACHED, "aggregation": "average", "segment_length": 3}),
+    "mc-swla-sparse": ("mc-swla-sparse-tiny", {**_CACHED, "top_k": 1, "routing": "submax", "segment_length": 4}),
+    "mc-linear-low-rank": ("mc-linear-energy-tiny", {**_CACHED, "routing_dim": 16, "head_dim": 24, "restart": False}),
+    "mc-delta-capped": ("mc-delta-energy-tiny", {**_CACHED, "max_cached_segments": 2, "segment_length": 3}),
+    "mc-gated-delta-sparse": ("mc-linear-sparse-tiny", {**_CACHED, "memory": "gated_delta", "top_k": 2, "routing": "energy"}),
+    "mc-dla": ("mc-dla-gated-tiny", {**_CACHED, "restart": False, "segment_length": 6}),
+    "mc-titans-soup": ("mc-titans-soup-tiny", {**_CACHED, "conv_width": 0}),
+    "mc-titans-sparse": ("mc-titans-sparse-tiny", {**_CACHED, "top_k": 1, "routing": "energy", "offload_cached": True}),
+    "mc-titans-residual": ("mc-titans-gated-tiny", {**_CACHED, "aggregation": "residual", "memory_depth": 1}),
+    "mc-titans-average": ("mc-titans-gated-tiny", {**_CACHED, "aggregation": "average"}),
+    "mc-lstm": ("mc-lstm-gated-tiny", {**_CACHED, "routing": "energy"}),
+    "mc-gru-sparse": ("mc-gru-gated-tiny", {**_CACHED, "aggregation": "sparse", "top_k": 1, "restart": False}),
+    "mc-gated-linear": ("mc-gated-linear-gated-tiny", {**_CACHED, "conv_width": 0}),
+    "mc-base": ("mc-linear-gated-tiny", {**_CACHED, "aggregation": "none"}),
+}
 NAMES = list(CONFIGS)
 
 
@@ -77,6 +96,11 @@ def model(name, dtype=torch.float32, scale=6.0, **overrides):
 def for_triton(name):
     """What a configuration needs to run on the kernels: they take chunks of 16 tokens and more."""
     return {"chunk_size": 16} if hasattr(config(name), "chunk_size") else {}
+
+
+def for_long_input(name):
+    """What keeps a configuration with a cache quick at 65,536 tokens: 16 segments, not thousands."""
+    return {"segment_length": 4096, "chunk_size": 64} if config(name).model_type == "mc_rnn" else {}
 
 
 def covered_model_types():
