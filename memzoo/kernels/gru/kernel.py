@@ -209,7 +209,7 @@ def gru_triton(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor, cu_seql
 def compile_specs(capability: int) -> Iterator[CompileSpec]:
     """Every launch-table entry for one compute capability, packed, in bf16 and float32.
 
-    In float32 the assembler keeps a few values from before the loop to after it on the stack (which, varies with its version); none inside.
+    In float32 the assembler may spill a few values, which and how many depends on its version; in bf16 none.
     """
     states = dict.fromkeys(("initial", "final", "dfinal", "dinitial"), "*fp32")
     sizes = {"cu_seqlens": "*i64", "N": "i32", "T": "i32", "H": "i32"}

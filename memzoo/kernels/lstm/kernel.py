@@ -263,7 +263,7 @@ def lstm_triton(
 def compile_specs(capability: int) -> Iterator[CompileSpec]:
     """Every launch-table entry for one compute capability, packed and with the cells' gradients (the most registers), in bf16 and float32.
 
-    In float32 the assembler keeps a few values from before the loop to after it on the stack (which, varies with its version); none inside.
+    In float32 the assembler may spill a few values, which and how many depends on its version; in bf16 none.
     """
     states = dict.fromkeys(
         ("initial_h", "initial_c", "final_h", "final_c", "dfinal_h", "dfinal_c", "dinitial_h", "dinitial_c"), "*fp32"
