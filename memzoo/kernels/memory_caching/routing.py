@@ -150,7 +150,7 @@ class _Energies(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         u, matrices = ctx.saved_tensors
-        du, dmatrices = torch.zeros_like(u), torch.empty_like(matrices)
+        du, dmatrices = torch.zeros_like(u), torch.zeros_like(matrices)
         for i, start in enumerate(ctx.readers):
             rows = u[:, :, start:]
             scaled = grad[:, :, start:, i, None] * rows
