@@ -21,7 +21,17 @@ from pathlib import Path
 
 from .common.launch import SHARED_MEMORY, CompileSpec
 
-OPERATORS = ("attention", "causal_conv1d", "delta_rule", "gated_scan", "gru", "linear_attention", "lstm", "neural_memory")
+OPERATORS = (
+    "attention",
+    "causal_conv1d",
+    "delta_rule",
+    "gated_scan",
+    "gru",
+    "linear_attention",
+    "lstm",
+    "memory_caching",
+    "neural_memory",
+)
 
 
 def compile_specs(operator: str, capability: int) -> list[CompileSpec]:

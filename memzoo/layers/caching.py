@@ -43,6 +43,10 @@ class CacheOptions:
     def scored(self) -> bool:
         return self.aggregation in ("gated", "soup", "sparse")
 
+    def collapsed(self, linear: bool) -> bool:
+        """Whether the sum of the cached memories is all that is kept and read."""
+        return self.aggregation == "average" or (self.aggregation == "residual" and linear)
+
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the operators."""
         names = ("segment_length", "aggregation", "top_k", "restart", "routing", "max_segments")
@@ -68,7 +72,7 @@ class CacheOptions:
 
     def state_bytes(self, length: int, heads: int, weights: int, routing_dim: int, linear: bool) -> int:
         """Bytes of one sequence's cache: memories of `weights` numbers a head, and descriptors, in float32."""
-        if not self.scored and (linear or self.aggregation == "average"):
+        if self.collapsed(linear):
             return 4 * heads * weights  # their sum
         described = pool = 0
         if self.scored:
@@ -76,9 +80,12 @@ class CacheOptions:
             pool = described
         return 4 * heads * (self.closed(length) * (weights + described) + pool)
 
-    def flops(self, length: int, heads: int, read: float, routing_dim: int) -> float:
-        """FLOPs of a token for scores and reads of cached memories, averaged; `read` is what reading one memory takes a head."""
+    def flops(self, length: int, heads: int, read: float, routing_dim: int, linear: bool) -> float:
+        """FLOPs of a token for scores and reads of cached memories, averaged; `read` is what reading one memory takes a head. With a cap also
+        the scores by which memories are dropped."""
         scored, mixed = self.read(length)
+        if self.collapsed(linear):
+            return heads * read  # of the sum of all
         if not self.scored:
             return heads * mixed * read
         if self.routing == "energy":
@@ -88,7 +95,10 @@ class CacheOptions:
             blocks = blocks_of(self.routing)
             one = 2 * blocks * routing_dim
             online = 2 * routing_dim * self._open_blocks(length, blocks)
-        return heads * (mixed * read + scored * one + online)
+        dropping = 0.0
+        if self.max_segments is not None:
+            dropping = max(0, length // self.segment_length - self.max_segments) * (self.max_segments + 1) / length
+        return heads * (mixed * read + (scored + dropping) * one + online)
 
     def _open_blocks(self, length: int, blocks: int) -> float:
         """Sub-blocks of its own segment that a token scores, averaged."""

@@ -203,8 +203,6 @@ class MatrixMemory(nn.Module):
         cached = 0.0
         if self.caching is not None:
             size = 0 if self.router is None else self.router.size
-            cached = self.caching.flops(length, self.num_heads, 2 * state, size)
-            if not self.caching.scored:  # one read of the sum of all
-                cached = 2.0 * self.num_heads * state
+            cached = self.caching.flops(length, self.num_heads, 2 * state, size, linear=True)
             cached += 0 if self.router is None else self.router.flops_per_token()
         return float(projection_flops(self) + convolved + products * 2 * self.num_heads * state + cached)

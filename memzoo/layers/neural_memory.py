@@ -308,12 +308,14 @@ class NeuralMemory(nn.Module):
         sizes = self._sizes()
         convolved = sum(convolution.flops_per_token() for convolution in self.convolutions.values())
         token = projection_flops(self) + convolved + 2 * (3 * sum(sizes) + sum(sizes[1:]))
+        if self.loss == "dot":
+            token -= 2 * sizes[-1]  # the gradient of -<M(k), v> needs no M(k)
         output = sum(2 * part.weight.numel() for part in (self.o_proj, self.gate_proj) if part is not None)
         persistent = 0 if self.persistent is None else self.persistent.shape[0]
         cached = 0.0
         if self.caching is not None:
             size = 0 if self.router is None else self.router.size
-            cached = self.caching.flops(length, self.num_heads, 2 * sum(sizes) / self.num_heads, size)
+            cached = self.caching.flops(length, self.num_heads, 2 * sum(sizes) / self.num_heads, size, linear=False)
             cached += 0 if self.router is None else self.router.flops_per_token()
         return token + persistent * (token - output) / length + cached
 

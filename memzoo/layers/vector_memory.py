@@ -186,7 +186,7 @@ class VectorMemory(nn.Module):
         flops = projection_flops(self) + (0 if self.recurrent_weight is None else 2 * self.recurrent_weight.numel())
         flops += 0 if self.convolution is None else self.convolution.flops_per_token()
         if self.caching is not None and self.caching.scored:
-            flops += self.caching.flops(length, self.num_heads, 2 * self.head_dim, self.router.size)
+            flops += self.caching.flops(length, self.num_heads, 2 * self.head_dim, self.router.size, linear=True)
             flops += self.router.flops_per_token()
         return float(flops)
 

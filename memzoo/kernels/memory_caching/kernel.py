@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     bounds: token boundaries of the pieces. first_piece, pieces: of each sequence. sequence: of each piece. size: tokens of the piece's
     whole segment. place: tokens of it from earlier calls. bank: for every memory of the call, in its order, where it comes from: a cached
     one as n * S + slot, a piece's as N * S + piece. start, count: of each piece, the memories in `bank` that it reads. reader_start,
-    reader_end: of each memory, the tokens that read it. position, closed: of each sequence after the call, its open tokens and closed pieces.
+    reader_end: of each memory, the tokens that read it. position, closed: of each sequence after the call, open tokens, closed pieces.
     """
 
     bounds: list[int]

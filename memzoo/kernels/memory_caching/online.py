@@ -38,7 +38,7 @@ LAUNCH = LaunchTable({
 def _piece(cu_pieces, carried_count, H: tl.constexpr):
     """(piece, head, first token, number of tokens, tokens of the segment before them)."""
     p = tl.program_id(0) // H
-    first = tl.load(cu_pieces + p)
+    first = tl.load(cu_pieces + p).to(tl.int64)
     length = (tl.load(cu_pieces + p + 1) - first).to(tl.int32)
     before = p.to(tl.int64) * 0
     if carried_count is not None:
@@ -216,7 +216,7 @@ def online_scores(
         (scores [1, total, H], sums [P, H, R] of the segment's keys at the piece's end), both float32 and differentiable in u, k and
         carried_sum.
     """
-    return _forward(u, k, cu_pieces, carried_sum, carried_count)
+    return _forward(u, k, cu_pieces.contiguous(), carried_sum, _contiguous(carried_count))
 
 
 def compile_specs(capability: int) -> Iterator[CompileSpec]:

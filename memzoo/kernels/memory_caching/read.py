@@ -9,14 +9,16 @@ memory. Backward, with delta = dy . y and g from the saved log of the softmax's 
 
     dq = sum_i g_i dy M_i^T     dr_i = g_i (q . (dy M_i^T) - delta)     dM_i = sum_t g_ti q_t dy_t^T     d descriptor_i from dr_i and u
 
-Nothing is summed across programs, but for the tiles that share out a head dimension of 256, whose parts are added in order afterwards.
+Nothing is summed across programs, but for tiles that share out a large head dimension, whose parts are added in order afterwards.
 
-Operations a token and head: 2 n Dk Dv forward and 6 n Dk Dv backward, where 4 are the gradient's own and 2 form dr again for the
-descriptors' gradient; scores add 2 n S R (mean, submax) or 2 n R^2 forward and 6 backward (energy). At T = 16k, C = 256 (n = 31.5 on
-average) and 128 x 128 that is 1.03 MFLOP forward, 3.1 backward: 1.3 and 3.9 ns at 790 TFLOP/s, where the gradient's own four products are
-2.6 ns; energy doubles each. Bytes: q, u, y_on in and y out once, 1 KB in bf16, 0.24 ns at 4.3 TB/s: bound by operations. The cached
-memories, 32 KB each in bf16, come from L2 once a block of 128 queries: 250 B a query and memory, 7.9 KB a token and head, 1.4 ns at some
-5.5 TB/s of L2, about as long as the products take, and half the queries a block would double it.
+Operations a token and head that reads n memories: 2 n Dk Dv forward and 6 n Dk Dv backward, where 4 are the gradient's own and 2 form dr
+again for the descriptors' gradient; scores add 2 n S R (mean, submax) or 2 n R^2 forward and 6 backward (energy). At T = 16k, C = 256
+(n = 31.5 on average) and 128 x 128 that is 1.03 MFLOP forward and 3.1 backward: 1.3 and 3.9 ns at 790 TFLOP/s, against a floor of 1.3 and
+2.6; energy doubles them. Bytes: q, u and y_on in, y out, 1 KB in bf16, 0.24 ns at 4.3 TB/s: bound by operations, as far as memory goes.
+L2, at some 5.5 TB/s, comes closer. A memory of 32 KB in bf16 is read once a block of 128 queries: 7.9 KB a token and head, 1.4 ns, about as
+long as the forward's products take. So in the backward by queries, whose two tiles of 64 columns read half a memory each; their parts of
+du add 0.5 ns. By memories, each reads q, u and dy of every token that read it: 24 KB a token and head, 4.4 ns for 2.6 ns of products: the
+dearest part, which only two memories a program would make cheaper, and those do not fit the registers.
 """
 
 from __future__ import annotations
@@ -53,27 +55,28 @@ FORWARD = {
         (128, 90): (128, 128, 8, 3), (256, 90): (128, 64, 8, 3),
     }),
     ENERGY: _table({
-        (64, 80): (128, 64, 8, 2), (128, 80): (64, 128, 8, 1), (256, 80): (64, 64, 8, 1), (512, 80): (16, 64, 8, 1),
+        (64, 80): (128, 64, 8, 2), (128, 80): (64, 128, 8, 3), (256, 80): (64, 128, 8, 2), (512, 80): (16, 64, 8, 1),
         (128, 90): (128, 64, 8, 3), (256, 90): (64, 128, 8, 1),
     }),
 }  # fmt: skip
 BACKWARD_QUERIES = {
     ROWS: _table({
-        (64, 80): (128, 64, 8, 2), (128, 80): (64, 64, 8, 3), (256, 80): (16, 64, 8, 2), (512, 80): (16, 32, 8, 1),
+        (64, 80): (128, 64, 8, 2), (128, 80): (32, 64, 8, 2), (256, 80): (16, 64, 8, 2), (512, 80): (16, 32, 8, 1),
         (128, 90): (128, 64, 8, 3),
     }),
     ENERGY: _table({
-        (64, 80): (64, 64, 4, 2), (128, 80): (64, 128, 8, 1), (256, 80): (32, 64, 8, 1), (512, 80): (16, 32, 8, 1),
+        (64, 80): (64, 64, 4, 2), (128, 80): (32, 64, 8, 2), (256, 80): (32, 64, 8, 1), (512, 80): (16, 32, 8, 1),
         (128, 90): (64, 128, 8, 2), (256, 90): (64, 128, 8, 1),
     }),
 }  # fmt: skip
 BACKWARD_BANK = {
     ROWS: _table({
-        (64, 80): (64, 64, 4, 3), (128, 80): (64, 128, 8, 3), (256, 80): (16, 64, 8, 2), (512, 80): (16, 16, 8, 1),
+        (64, 80): (32, 64, 8, 2), (128, 80): (64, 64, 8, 2), (256, 80): (16, 32, 8, 1), (512, 80): (16, 16, 8, 1),
+        (64, 90): (64, 64, 4, 3), (128, 90): (64, 128, 8, 3), (256, 90): (16, 64, 8, 2),
     }),
     ENERGY: _table({
-        (64, 80): (64, 64, 4, 2), (128, 80): (32, 128, 8, 2), (256, 80): (32, 32, 8, 1), (512, 80): (16, 16, 8, 1),
-        (128, 90): (32, 128, 8, 3),
+        (64, 80): (32, 32, 8, 2), (128, 80): (32, 64, 8, 2), (256, 80): (32, 32, 8, 1), (512, 80): (16, 16, 8, 1),
+        (64, 90): (64, 64, 4, 2), (128, 90): (32, 128, 8, 3),
     }),
 }  # fmt: skip
 OWN = _table({(256, 80): (16, 256, 4, 1)})
@@ -126,9 +129,9 @@ def _block(cu_pieces, chunks, first, count, blocks, BM: tl.constexpr, TILES: tl.
     p = tl.load(chunks + program * 2)
     idle = p < 0
     p = tl.maximum(p, 0)
-    begin = tl.load(cu_pieces + p) + tl.load(chunks + program * 2 + 1).to(tl.int64) * BM
+    begin = tl.load(cu_pieces + p).to(tl.int64) + tl.load(chunks + program * 2 + 1) * BM
     length = tl.minimum(tl.load(cu_pieces + p + 1) - begin, BM).to(tl.int32)
-    return tile, h, begin, tl.where(idle, 0, length), tl.load(first + p), tl.load(count + p).to(tl.int32)
+    return tile, h, begin, tl.where(idle, 0, length), tl.load(first + p).to(tl.int64), tl.load(count + p).to(tl.int32)
 
 
 @triton.jit
@@ -330,7 +333,7 @@ def _backward_bank_kernel(
     # The first memories of a sequence have the most readers: heads turn fastest.
     h = (tl.program_id(0) // TILES) % H
     entry = (tl.program_id(0) // (TILES * H)).to(tl.int64)
-    start = tl.load(reader_start + entry)
+    start = tl.load(reader_start + entry).to(tl.int64)
     readers = (tl.load(reader_end + entry) - start).to(tl.int32)
     rows = tl.arange(0, BK)
     columns = tile * BC + tl.arange(0, BC)
@@ -624,7 +627,8 @@ def gated_read(
         ValueError: a routing rule or a size that the kernels do not have.
     """
     check_routing("gated_read", routing, *_descriptor_sizes(descriptors, routing))
-    return _forward(q, u, online, online_score, bank, descriptors, cu_pieces, first, count, reader_start, reader_end, routing)[0]
+    pieces = [t.contiguous() for t in (cu_pieces, first, count, reader_start, reader_end)]
+    return _forward(q, u, online, online_score, bank, descriptors, *pieces, routing)[0]
 
 
 def compile_specs(capability: int) -> Iterator[CompileSpec]:

@@ -63,8 +63,8 @@ def neural_memory_chunked(
     else:
         state = initial_state
     inner = (residual, loss, max_grad_norm)
-    if total == 1 and cu_seqlens is None and mix is None:
-        output, state = _one_token(*tokens, state, chunk_size, *inner)
+    if total == 1 and cu_seqlens is None:
+        output, state = _one_token(*tokens, state, chunk_size, *inner, mix)
     else:
         output, state = _chunks(*tokens, state, position, lengths, chunk_size, *inner, mix)
     if cu_seqlens is not None:
@@ -93,7 +93,7 @@ def gradients(weights, k, v, theta, residual, loss, max_grad_norm) -> tuple[list
     return inputs, [theta * g for g in grads]
 
 
-def _one_token(q, k, v, lr, momentum, decay, state, chunk_size, residual, loss, max_grad_norm):
+def _one_token(q, k, v, lr, momentum, decay, state, chunk_size, residual, loss, max_grad_norm, mix):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     theta, eta, alpha = (x[:, 0, :, None, None] for x in (lr, momentum, decay))
     position, start = state.position, state.start
@@ -107,7 +107,15 @@ def _one_token(q, k, v, lr, momentum, decay, state, chunk_size, residual, loss, 
     position = (position + 1) % chunk_size
     closed = (position == 0)[:, None, None, None]
     start = tuple(torch.where(closed, w, s) for w, s in zip(running, start))
-    output = read_memory(running, q, residual).transpose(1, 2)
+    if mix is None:
+        read = read_memory(running, q, residual)
+    else:
+        rows, at = q, position.new_zeros(len(q), 1)
+        for layer, weight in enumerate(running):
+            rows = mix(layer, rows, rows @ weight, running, at)
+            rows = F.gelu(rows) if layer < len(running) - 1 else rows
+        read = q + rows if residual else rows
+    output = read.transpose(1, 2)
     return output, NeuralMemoryState(running, surprise, start, position)
 
 

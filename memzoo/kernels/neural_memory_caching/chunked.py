@@ -74,9 +74,12 @@ class NeuralWrites:
         rows, count = self.q.shape[0], which.stop - which.start
         starts, sizes = pieces.starts[which], pieces.sizes[which]
         span = slice(starts[0], starts[0] + sum(sizes))
-        tokens = [x[:, span].flatten(0, 1)[None] for x in (self.q, self.k, self.v, self.lr, self.momentum, self.decay)]
-        ends = torch.tensor([0, *sizes * rows], device=self.q.device).cumsum(0)
-        initial = memory if count == 1 else _interleave(memory, self.fresh(rows * (count - 1)), count)
+        tokens = [x[:, span] for x in (self.q, self.k, self.v, self.lr, self.momentum, self.decay)]
+        initial, ends = memory, None
+        if count > 1:  # pieces of a row as packed sequences
+            tokens = [x.flatten(0, 1)[None] for x in tokens]
+            ends = torch.tensor([0, *sizes * rows], device=self.q.device).cumsum(0)
+            initial = _interleave(memory, self.fresh(rows * (count - 1)), count)
         if mix is None:
             chunk_size, residual, loss, clamp = self.options
             y, last = neural_memory(
@@ -84,7 +87,7 @@ class NeuralWrites:
                 output_final_state=True, cu_seqlens=ends, implementation=self.implementation,
             )  # fmt: skip
         else:
-            offset = torch.tensor(starts, device=ends.device)[:, None]
+            offset = torch.tensor(starts, device=self.q.device)[:, None]
 
             def mixed(layer: int, rows_in: Tensor, read: Tensor, after: Weights, at: Tensor) -> Tensor:
                 rows_in, read, at = (x.unflatten(0, (rows, count)) for x in (rows_in, read, at))
@@ -92,7 +95,7 @@ class NeuralWrites:
                 return mix(layer, rows_in, read, known, which, (at + offset).clamp(max=pieces.length - 1)).flatten(0, 1)
 
             y, last = neural_memory_chunked(*tokens, self.initial, *self.options, initial, True, ends, mixed)
-        y = y[0].unflatten(0, (rows, -1))
+        y = y.view(rows, -1, *y.shape[2:])
         last = map_tensors(last, lambda x: x.unflatten(0, (rows, count)))
         return y, last.weights, map_tensors(last, lambda x: x[:, -1])
 

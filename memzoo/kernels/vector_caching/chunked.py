@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from ..memory_caching.mixing import Weights
@@ -45,4 +44,4 @@ class VectorWrites:
         return self.h, (self.h[:, ends],), self.h[:, -1]
 
     def read_cached(self, gate: Tensor, bank: Weights, readers: list[int]) -> Tensor:
-        return torch.einsum("nths,nshd->nthd", gate, bank[0])
+        return (gate.transpose(1, 2) @ bank[0].transpose(1, 2)).transpose(1, 2)
