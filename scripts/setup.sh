@@ -137,7 +137,7 @@ step "memzoo[$extras]" "${pip[@]}" install -c "$venv/constraints.txt" -e "$root[
 if [[ ,$extras, == *,dev,* ]]; then # only compared with: a set-up without it is whole
   echo "== memzoo[peers]" >>"$log"
   "${pip[@]}" install -c "$venv/constraints.txt" -e "$root[peers]" >>"$log" 2>&1 </dev/null ||
-    say "titans-pytorch could not be installed; the tests that compare with it will be skipped (the log: $log)"
+    say "memory-caching and titans-pytorch could not be installed; the tests that compare with them will be skipped (the log: $log)"
 fi
 step "import" "$venv/bin/python" -c "import memzoo, memzoo.kernels"
 
