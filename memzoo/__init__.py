@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from . import _register
 
 if TYPE_CHECKING:
+    from .caching import enable_memory_caching
     from .models.presets import preset, presets
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "preset", "presets"]
+__all__ = ["__version__", "enable_memory_caching", "preset", "presets"]
 
 # Public names and the modules that hold them, imported at first use.
-_LAZY = {"preset": ".models.presets", "presets": ".models.presets"}
+_LAZY = {"enable_memory_caching": ".caching", "preset": ".models.presets", "presets": ".models.presets"}
 _SUBMODULES = ("convert", "data", "evaluation", "kernels", "layers", "models", "training")
 
 

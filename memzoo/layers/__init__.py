@@ -7,6 +7,7 @@ from typing import Any
 
 # Where each lives. Loaded when first asked for: some need transformers, and a neural memory alone should not.
 _HOMES = {
+    "CacheOptions": "caching",
     "ExternalMemory": "external_memory",
     "LayerState": "state",
     "MatrixMemory": "matrix_memory",
@@ -16,8 +17,10 @@ _HOMES = {
     "NeuralMemory": "neural_memory",
     "PersistentAttention": "persistent_attention",
     "ReadFromMemory": "external_memory",
+    "Router": "caching",
     "ShortConvolution": "convolution",
     "TokenLayout": "layout",
+    "VectorMemory": "vector_memory",
     "watch": "neural_memory",
 }
 

@@ -81,8 +81,8 @@ class CacheOptions:
         return 4 * heads * (self.closed(length) * (weights + described) + pool)
 
     def flops(self, length: int, heads: int, read: float, routing_dim: int, linear: bool) -> float:
-        """FLOPs of a token for scores and reads of cached memories, averaged; `read` is what reading one memory takes a head. With a cap also
-        the scores by which memories are dropped."""
+        """FLOPs of a token for scores and reads of cached memories, averaged; `read` is what reading one memory takes a head. With a cap,
+        the scores by which memories are dropped too."""
         scored, mixed = self.read(length)
         if self.collapsed(linear):
             return heads * read  # of the sum of all

@@ -1,13 +1,12 @@
 """Vector memories: an LSTM, a GRU or an elementwise gated recurrence a head, alone or with the states of earlier segments cached.
 
-Where a matrix memory is read with a query, a vector is read as it is, behind an output gate: y_t = o_t (x) (g^t h_t + sum_i g^i h^(i)) with
-a cache (arXiv 2602.24281), y_t = o_t (x) h_t without. The LSTM's memory is tanh of its cell and o_t its own output gate, so that alone it is
-the LSTM; the others get a gate from the token.
+Where a matrix memory is read with a query, a vector is read as it is, behind an output gate: y_t = o_t (x) (g^t h_t + sum_i g^i h^(i))
+with a cache (arXiv 2602.24281), y_t = o_t (x) h_t without. The LSTM's memory is tanh of its cell and o_t its own output gate, so that alone
+it is the LSTM; the others get a gate from the token.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
