@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checks import assert_close
 
 from memzoo.kernels import delta_rule, linear_attention, linked_attention, neural_memory
@@ -137,6 +138,119 @@ def test_titans_with_attention(variant):
         norms = (block.mixer_norm, block.reader_norm)
         expected = printed("titans_mal")(x[0], parts.write, parts.attend, *norms, config.sliding_window)
     assert_close(y[0], expected)
+
+
+def convolved(x, convolution):
+    """Causal depthwise convolution and SiLU of x [T, C], tap by tap."""
+    taps = convolution.weight
+    padded = torch.cat((x.new_zeros(taps.shape[1] - 1, x.shape[1]), x))
+    return F.silu(sum(padded[i : i + len(x)] * taps[:, i] for i in range(taps.shape[1])))
+
+
+class OneHeadAtATime:
+    """The mixer of a model with a cache, worked out from its weights with the sequential lines: x [T, d] to the same shape."""
+
+    def __init__(self, config, mixer, sizes):
+        self.config, self.mixer, self.sizes = config, mixer, sizes
+
+    def __call__(self, x):
+        c, m = self.config, self.mixer
+        if c.memory in ("lstm", "gru", "gated_linear"):
+            memories, q, k = self.vectors(x)
+        else:
+            q, k, v = (convolved(p(x), m.convolutions[n]) for n, p in (("q", m.q_proj), ("k", m.k_proj), ("v", m.v_proj)))
+            q, k, v = (t.unflatten(-1, (c.num_attention_heads, -1)) for t in (q, k, v))
+            q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+            memories = (self.matrix if c.memory in ("linear", "swla") else self.deep)(x, q, k, v)
+        u, keys = q, k
+        if m.router is not None and m.router.project is not None:
+            u, keys = (torch.stack([t[:, h] @ m.router.project[h] for h in range(t.shape[1])], 1) for t in (q, k))
+        if c.routing == "energy":
+            u = m.router.log_tau.exp().sqrt()[:, None] * u
+        elif m.router is not None:
+            u = m.router.u_proj(x).unflatten(-1, (c.num_attention_heads, -1))
+        options = (c.aggregation, c.routing, c.top_k, c.restart, c.max_cached_segments)
+        y = torch.stack(
+            [printed("mc_rnn")(memory, u[:, h], keys[:, h], self.sizes, *options) for h, memory in enumerate(memories)], 1
+        )
+        if m.output_norm is not None:
+            y = m.output_norm(y)
+        y = y.flatten(1)
+        if hasattr(m, "convolutions"):
+            y = y * F.silu(m.gate_proj(x))
+        return m.o_proj(y)
+
+    def matrix(self, x, q, k, v):
+        m, (a, b, l) = self.mixer, x.new_tensor([1.0, 0.0, 1.0])[:, None, None].expand(-1, len(x), q.shape[1])
+        if self.config.memory == "swla":
+            a = (-m.decay_log_rate.exp() * F.softplus(m.decay_proj(x) + m.decay_step_bias)).exp()
+            b, l = m.beta_proj(x).sigmoid(), m.write_proj(x).sigmoid()
+        return [printed("mc_matrix")(*(t[:, h] for t in (q, k, v, a, b, l))) for h in range(q.shape[1])]
+
+    def deep(self, x, q, k, v):
+        c, m = self.config, self.mixer
+        theta = c.lr_max * m.lr_proj(x).sigmoid()
+        eta, alpha = torch.zeros_like(theta), torch.zeros_like(theta)
+        if c.memory == "titans":
+            eta, alpha = m.momentum_proj(x).sigmoid(), m.decay_proj(x).sigmoid()
+        options = ("l2" if c.memory == "titans" else "dot", c.chunk_size, c.max_grad_norm)
+        tokens = (q, k, v, theta, eta, alpha)
+        return [printed("mc_deep")(*(t[:, h] for t in tokens), [w[h] for w in m.memory], *options) for h in range(q.shape[1])]
+
+    def vectors(self, x):
+        m, heads = self.mixer, range(self.config.num_attention_heads)
+        seen = convolved(x, m.convolution)
+        q, k = ((seen if p is None else p(seen)).unflatten(-1, (len(heads), -1)) for p in (m.q_proj, m.k_proj))
+        q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+        tokens = m.gates_proj(seen).unflatten(-1, (len(heads), -1, self.config.head_dim))
+        if self.config.memory == "lstm":
+            return [printed("mc_lstm")(tokens[:, h], m.recurrent_weight[h]) for h in heads], q, k
+        gate = m.gate_proj(x).sigmoid().unflatten(-1, (len(heads), -1))
+        if self.config.memory == "gated_linear":
+            return [printed("mc_gated_linear")(tokens[:, h], gate[:, h]) for h in heads], q, k
+        return [printed("mc_gru")(tokens[:, h], m.recurrent_weight[h], m.recurrent_bias[h], gate[:, h]) for h in heads], q, k
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory": "linear"},
+        {"memory": "linear", "aggregation": "residual", "restart": False},
+        {"memory": "linear", "aggregation": "sparse", "top_k": 1, "routing": "energy"},
+        {
+            "memory": "linear",
+            "aggregation": "sparse",
+            "top_k": 2,
+            "routing": "submax",
+            "segment_length": 3,
+            "routing_dim": 16,
+            "head_dim": 24,
+        },
+        {"memory": "linear", "max_cached_segments": 2, "segment_length": 3},
+        {"memory": "linear", "segmentation": "log"},
+        {"memory": "swla"},
+        {"memory": "swla", "restart": False, "routing": "energy", "routing_dim": 16, "head_dim": 24},
+        {"memory": "dla", "aggregation": "soup"},
+        {"memory": "dla", "aggregation": "residual", "restart": False},
+        {"memory": "titans"},
+        {"memory": "titans", "aggregation": "average"},
+        {"memory": "titans", "aggregation": "sparse", "top_k": 1, "restart": False, "segmentation": "log"},
+        {"memory": "lstm"},
+        {"memory": "lstm", "routing": "energy", "restart": False},
+        {"memory": "lstm", "aggregation": "average"},
+        {"memory": "gru", "aggregation": "sparse", "top_k": 1},
+        {"memory": "gated_linear", "routing": "submax"},
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_memory_caching(options):
+    from zoo import model
+
+    length = 19
+    built = model("mc-linear", torch.float64, num_hidden_layers=1, **options).requires_grad_(False)
+    config, mixer, x = built.config, built.model.layers[0].mixer, draw(1, length, 32)
+    sizes = [16, 2, 1] if config.segmentation == "log" else [config.segment_length] * -(-length // config.segment_length)
+    assert_close(mixer(x, dense_layout(x))[0], OneHeadAtATime(config, mixer, sizes)(x[0]))
 
 
 def test_every_architecture_has_its_table():
