@@ -96,6 +96,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=reader(parse_length, several=False),
         help="marked in pictures; the config's training_length by default",
     )
+    parser.add_argument(
+        "--cache-segments",
+        type=reader(parse_length, several=False),
+        metavar="TOKENS",
+        help="cache the memories of a model trained without a cache after every so many tokens and read their mean",
+    )
     parser.add_argument("--batch-size", type=positive, default=8, help="prompts at a time, in each process")
     parser.add_argument("--chunk", type=reader(parse_length, several=False), default=2048, help="tokens of a prompt read at a time")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
@@ -157,14 +163,18 @@ def main(arguments: list[str] | None = None) -> int:
         "trust_remote_code": args.trust_remote_code,
         "accelerator": accelerator,
     }
+    if args.cache_segments and papers:
+        console.print("evaluate: --cache-segments goes with the offline suites only", style="red", markup=False, highlight=False)
+        return 2
     records: list[dict] = []
     try:
         store = Store(args.out)
         if own:
             with shown(console) as progress:
                 records += evaluate(
-                    args.models, own, store, limit=limit or 50, depths=depths, difficulty=difficulty, progress=progress, **shared
-                )
+                    args.models, own, store, limit=limit or 50, depths=depths, difficulty=difficulty, progress=progress,
+                    cache_segments=args.cache_segments, **shared,
+                )  # fmt: skip
         if papers:
             with shown(console) as progress:
                 records += evaluate_papers(

@@ -68,6 +68,10 @@ class Subject:
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(f"{self.name}: documents need a fast tokenizer, {type(self.tokenizer).__name__} is not one")
         self.fingerprint = fingerprint(self.model or self.lm, self.path)
+        segments = options.get("cache_segments")
+        if segments and self.path is not None:
+            self.name = f"{self.name} + average {segments}"
+            self.fingerprint = f"{self.fingerprint} average {segments}"
 
     def load(self):
         """The lm-eval LM."""
@@ -79,6 +83,10 @@ class Subject:
                 device = options["accelerator"].device if _processes(options["accelerator"]) > 1 else options["device"]
                 trust = options["trust_remote_code"]
                 self.model = load_model(self.path, dtype=options["dtype"], device=device, trust_remote_code=trust)
+                if options.get("cache_segments"):
+                    from ..caching import enable_memory_caching
+
+                    enable_memory_caching(self.model, options["cache_segments"])
             self.lm = MemoryLM(
                 self.model, self.tokenizer, options["batch_size"], options["chunk"], accelerator=options["accelerator"]
             )
@@ -131,6 +139,7 @@ def evaluate(
     dtype: str = "auto",
     device: str | None = None,
     training_length: int | None = None,
+    cache_segments: int | None = None,
     trust_remote_code: bool = False,
     accelerator=None,
     progress: Progress | None = None,
@@ -151,6 +160,8 @@ def evaluate(
         chunk: tokens of a prompt that are read at a time.
         dtype, device, trust_remote_code: how a model given by name is loaded.
         training_length: tokens the models were trained at; each config's `training_length` if None.
+        cache_segments: read models given by name with `memzoo.enable_memory_caching` at segments of so many tokens; such a model is another
+            one to the store.
         accelerator: an accelerate.Accelerator; documents are split among its processes.
         progress: told how the work goes.
 
@@ -167,7 +178,7 @@ def evaluate(
     _check(models, tasks, lengths, limit, depths, difficulty, _processes(accelerator))
     options = {
         "batch_size": batch_size, "chunk": chunk, "dtype": dtype, "device": device, "training_length": training_length,
-        "trust_remote_code": trust_remote_code, "accelerator": accelerator,
+        "cache_segments": cache_segments, "trust_remote_code": trust_remote_code, "accelerator": accelerator,
     }  # fmt: skip
     subjects = [Subject(model, tokenizer, options) for model in models]
     store = Store(store) if isinstance(store, (str, Path)) else store

@@ -61,8 +61,9 @@ def neural_memory_caching(
         initial_state: a MemoryCachingState whose `memory` is a NeuralMemoryState, as a call returned it.
         output_final_state: also return the state after the last token.
         cu_seqlens: boundaries of packed sequences, [N + 1], with B = 1; sequences may be empty.
-        implementation: "triton" (the online memory by Triton's kernels, reads of cached memories by products of torch; not with "soup"
-            and "average", which need every layer of the online memory), "chunked", "reference", or None for the one that fits.
+        implementation: "triton" (the online memory and sparse reads by Triton's kernels, other reads by products of torch), "chunked",
+            "reference", or None for the one that fits. "soup" and "average" need every layer of the online memory, which the kernels keep
+            to themselves: there "triton" is refused, and None is "chunked" on every device.
 
     Returns:
         (output [B, T, H, Dv] in q's dtype, MemoryCachingState in float32, float64 for float64 input, or None).
@@ -108,7 +109,7 @@ def neural_memory_caching(
         output, state = caching_reference(cached_neural_memory(*tokens, initial, start, options), *arguments, cu_seqlens)
         output, state = output.view(v.shape), state if output_final_state else None
     else:
-        writes = NeuralWrites(*tokens, initial, start, options, chosen)
+        writes = NeuralWrites(*tokens, initial, start, options, chosen, caching.top_k)
         output, state = caching_chunked(writes, *arguments, output_final_state, cu_seqlens)
     return output.to(q.dtype), state
 

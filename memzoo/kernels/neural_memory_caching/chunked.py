@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..memory_caching.mixing import Weights, read_each
@@ -28,6 +29,7 @@ class NeuralWrites:
     start: NeuralMemoryState | None  # of one sequence, what a segment starts from instead of `initial`
     options: tuple[int, bool, str, float | None]  # chunk size, residual, loss, clamp
     implementation: str
+    top_k: int | None  # with sparse reads
     linear = False
 
     def select(self, group, packed: bool) -> NeuralWrites:
@@ -100,10 +102,30 @@ class NeuralWrites:
         return y, last.weights, map_tensors(last, lambda x: x[:, -1])
 
     def read_cached(self, gate: Tensor, bank: Weights, readers: list[int]) -> Tensor:
+        if self.implementation == "triton" and self.top_k is not None and gate.shape[-1] > self.top_k:
+            return self._read_chosen(gate, bank)
+
         def read(weights: Weights, rows: Tensor) -> Tensor:
             return read_memory(weights, rows, self.options[1])
 
         return read_each(read, self.q.transpose(1, 2), gate, bank, readers).transpose(1, 2)
+
+    def _read_chosen(self, gate: Tensor, bank: Weights) -> Tensor:
+        """Sparse reads on Triton: all tokens that chose a memory read each of its layers together."""
+        from ..memory_caching.grouped import group_choices, grouped_read  # only here: no Triton where it is not used
+
+        rows, slots = gate.shape[0], gate.shape[-1]
+        share, slot = gate.topk(self.top_k, -1)
+        ids = slot + slots * torch.arange(rows, device=slot.device)[:, None, None, None]
+        ids = torch.where(share > 0, ids, -1).flatten(0, 1)[None].contiguous()
+        groups = group_choices(ids, rows * slots)
+        q = self.q.flatten(0, 1)[None].contiguous()
+        y = grouped_read(q, ids, bank[0].flatten(0, 1).contiguous(), groups)
+        for weight in bank[1:]:
+            y = grouped_read(F.gelu(y), ids, weight.flatten(0, 1).contiguous(), groups)
+        if self.options[1]:
+            y = y + q[:, :, :, None]
+        return (y[0].unflatten(0, (rows, -1)) * share[..., None]).sum(3)
 
 
 def _interleave(first: Any, others: Any, count: int) -> Any:
