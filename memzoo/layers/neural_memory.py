@@ -187,7 +187,7 @@ class NeuralMemory(nn.Module):
             routing_keys=keys,
             start=None if start is None else self.held(start),
             initial_state=cache,
-            output_final_state=state is not None and self.caching.segment_length != "log",
+            output_final_state=state is not None,
             cu_seqlens=layout.cu_seqlens,
         )
         if last is not None:

@@ -147,7 +147,7 @@ class VectorMemory(nn.Module):
             u,
             **options,
             initial_state=None if state is None else load_cache(state, state.get("memory"), 1),
-            output_final_state=state is not None and self.caching.segment_length != "log",
+            output_final_state=state is not None,
             cu_seqlens=layout.cu_seqlens,
         )
         if last is not None:
