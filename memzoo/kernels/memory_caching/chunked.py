@@ -72,7 +72,7 @@ def caching_chunked(
         sequences, tokens, position, count = group
         part = writes.select(group, packed)
         if state is None:
-            held = _empty_state(part, u, caching, sequences.stop - sequences.start)
+            held = empty_state(part, u, caching, sequences.stop - sequences.start)
         else:
             held = _select(state, sequences, position, count, caching.collapsed(writes.linear))
         if tokens.stop == tokens.start:
@@ -94,7 +94,8 @@ def _select(state: MemoryCachingState, sequences: slice, position: int, count: i
     return part._replace(cached=tuple(x[:, :count] for x in part.cached), descriptors=descriptors)
 
 
-def _empty_state(writes: Writes, u: Tensor | None, caching: Caching, rows: int) -> MemoryCachingState:
+def empty_state(writes: Writes, u: Tensor | None, caching: Caching, rows: int) -> MemoryCachingState:
+    """The state of sequences before their first token."""
     memory = writes.fresh(rows)
     slots = 1 if caching.collapsed(writes.linear) else 0
     cached = tuple(w.new_zeros(w.shape[0], slots, *w.shape[1:]) for w in writes.weights(memory))

@@ -25,6 +25,7 @@ from ..delta_rule import delta_rule
 from ..gated_scan import gated_scan
 from ..linear_attention import linear_attention
 from . import grouped, online, read, select, step
+from .chunked import MatrixWrites, empty_state
 from .grouped import group_choices, grouped_read
 from .mixing import highest, pick
 from .online import online_scores
@@ -457,7 +458,8 @@ def _capped(tensors, caching: Caching, state: MemoryCachingState | None, keep: b
         if held is not None:
             held = held._replace(cached=(held.cached[0][:, :cached],), descriptors=held.descriptors[:, :cached])
         if tokens.stop == tokens.start:
-            raise ValueError("memory_caching: max_segments with implementation 'triton' needs a token in every sequence")
+            states.append(held if held is not None else empty_state(_writes(tensors), tensors[3].float(), caching, 1))
+            continue
         rows = [None if x is None else x[:, tokens] if cu_seqlens is not None else x[sequences] for x in tensors]
         pieces = Pieces(tokens.stop - tokens.start, caching.segment_length, place, cached)
         parts = []
@@ -477,6 +479,11 @@ def _capped(tensors, caching: Caching, state: MemoryCachingState | None, keep: b
         states.append(held)
     output = torch.cat(outputs, 0 if cu_seqlens is None else 1)
     return output, merge_states(states) if keep else None
+
+
+def _writes(tensors) -> MatrixWrites:
+    q, k, v, _, _, *gates = tensors
+    return MatrixWrites(q, k.float(), v.float(), *gates, None)
 
 
 def _plain_step(tensors, caching: Caching, state: MemoryCachingState | None, keep: bool) -> bool:

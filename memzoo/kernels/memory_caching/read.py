@@ -66,17 +66,17 @@ BACKWARD_QUERIES = {
     }),
     ENERGY: _table({
         (64, 80): (64, 64, 4, 2), (128, 80): (32, 64, 8, 2), (256, 80): (32, 64, 8, 1), (512, 80): (16, 32, 8, 1),
-        (128, 90): (64, 128, 8, 2), (256, 90): (64, 128, 8, 1),
+        (128, 90): (64, 128, 8, 2),
     }),
 }  # fmt: skip
 BACKWARD_BANK = {
     ROWS: _table({
         (64, 80): (32, 64, 8, 2), (128, 80): (64, 64, 8, 2), (256, 80): (16, 32, 8, 1), (512, 80): (16, 16, 8, 1),
-        (64, 90): (64, 64, 4, 3), (128, 90): (64, 128, 8, 3), (256, 90): (16, 64, 8, 2),
+        (64, 90): (64, 64, 4, 3), (128, 90): (64, 128, 8, 3),
     }),
     ENERGY: _table({
-        (64, 80): (32, 32, 8, 2), (128, 80): (32, 64, 8, 2), (256, 80): (32, 32, 8, 1), (512, 80): (16, 16, 8, 1),
-        (64, 90): (64, 64, 4, 2), (128, 90): (32, 128, 8, 3),
+        (64, 80): (32, 32, 8, 2), (128, 80): (64, 64, 8, 2), (256, 80): (16, 32, 8, 1), (512, 80): (16, 16, 8, 1),
+        (64, 90): (32, 64, 4, 2), (128, 90): (32, 128, 8, 3),
     }),
 }  # fmt: skip
 OWN = _table({(256, 80): (16, 256, 4, 1)})
@@ -135,25 +135,31 @@ def _block(cu_pieces, chunks, first, count, blocks, BM: tl.constexpr, TILES: tl.
 
 
 @triton.jit
-def _row_scores(
-    user, descriptors, rest, entry, block, n, h,
-    H: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores in base 2 of BE memories after `block` [BM, BE], which of the S rows gave each, and the rows [BE * S, BR].
-
-    `rest` is what rounding to the products' type took off the descriptors: half their digits would shift a large score by too much.
-    """
+def _descriptors(x, entry, block, n, h, H: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):
+    """The rows [BE * S, BR] of BE memories after `block`, zero from memory n on."""
     j = tl.arange(0, BE * S)
     columns = tl.arange(0, BR)
     mask = (block + j // S < n)[:, None]
     if R % BR:
         mask = mask & (columns < R)[None, :]
-    base = ((entry + block) * H + h) * (S * R)
     place = ((j // S) * (H * S * R) + (j % S) * R)[:, None] + columns[None, :]
-    rows = tl.load(descriptors + base + place, mask=mask, other=0.0)
+    return tl.load(x + ((entry + block) * H + h) * (S * R) + place, mask=mask, other=0.0)
+
+
+@triton.jit
+def _row_scores(
+    user, descriptors, rest, entry, block, n, h,
+    H: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores in base 2 of BE memories after `block` [BM, BE], and which of the S rows gave each.
+
+    `rest` is what rounding to the products' type took off the descriptors: half their digits would shift a large score by too much.
+    """
+    rows = _descriptors(descriptors, entry, block, n, h, H, R, S, BR, BE)
     scores = tl.dot(user, tl.trans(rows), input_precision=PRECISION)
     if rest is not None:
-        scores = tl.dot(user, tl.trans(tl.load(rest + base + place, mask=mask, other=0.0)), scores, input_precision=PRECISION)
+        rows = _descriptors(rest, entry, block, n, h, H, R, S, BR, BE)
+        scores = tl.dot(user, tl.trans(rows), scores, input_precision=PRECISION)
     scores *= LOG2E
     if S > 1:
         scores = tl.reshape(scores, (scores.shape[0], BE, S))
@@ -161,7 +167,7 @@ def _row_scores(
     else:
         best = tl.zeros(scores.shape, tl.int32)
     scores = tl.where((block + tl.arange(0, BE) < n)[None, :], scores, float("-inf"))
-    return scores, best, rows
+    return scores, best
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -210,7 +216,7 @@ def _forward_kernel(
         else:
             e = tl.arange(0, BE)[None, :]
             for block in range(0, n, BE):
-                scores, _, _ = _row_scores(user, descriptors, rest, entry, block, n, h, H, R, S, BR, BE, PRECISION)
+                scores, _ = _row_scores(user, descriptors, rest, entry, block, n, h, H, R, S, BR, BE, PRECISION)
                 higher = tl.maximum(peak, tl.max(scores, 1))
                 kept = tl.exp2(peak - higher)
                 weights = tl.exp2(scores - higher[:, None])
@@ -296,20 +302,22 @@ def _backward_queries_kernel(
         else:
             e = tl.arange(0, BE)[None, :]
             for block in range(0, n, BE):
-                scores, best, descriptor = _row_scores(user, descriptors, rest, entry, block, n, h, H, R, S, BR, BE, PRECISION)
-                weights = tl.exp2(scores - norm[:, None])
-                change = tl.zeros((BM, BE), tl.float32)
+                scores, best = _row_scores(user, descriptors, rest, entry, block, n, h, H, R, S, BR, BE, PRECISION)
+                # Starts as the gates; each in turn becomes its score's gradient.
+                change = tl.exp2(scores - norm[:, None])
                 for j in range(tl.minimum(n - block, BE)):
-                    weight = tl.sum(tl.where(e == j, weights, 0.0), 1)
+                    weight = tl.sum(tl.where(e == j, change, 0.0), 1)
                     value = tl.trans(_matrix(state, rows, columns, DK, DV, BC, BV))
                     part = tl.dot(grad, value, input_precision=PRECISION)
                     result += part * weight[:, None]
-                    change = tl.where(e == j, tl.sum(part * query.to(tl.float32), 1)[:, None], change)
+                    factor = tl.sum(part * query.to(tl.float32), 1) - slope
+                    change = tl.where(e == j, change * factor[:, None], change)
                     state += STRIDE
-                change = weights * (change - slope[:, None])
                 if S > 1:
                     change = tl.where(best[:, :, None] == tl.arange(0, S)[None, None, :], change[:, :, None], 0.0)
                     change = tl.reshape(change, (BM, BE * S))
+                # Read again: the shift is 0, which the compiler cannot know, so that it does not keep the rows in registers meanwhile.
+                descriptor = _descriptors(descriptors, entry, block, n ^ (block >> 31), h, H, R, S, BR, BE)
                 user_grad = tl.dot(change.to(TYPE), descriptor, user_grad, input_precision=PRECISION)
         place = du + (tile.to(tl.int64) * tokens * H + origin) * R + (r[:, None] * (H * R) + d[None, :])
         tl.store(place, user_grad.to(du.dtype.element_ty), mask=inside[:, None] & (d < R)[None, :])
