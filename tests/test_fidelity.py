@@ -11,6 +11,7 @@ from checks import assert_close
 from memzoo.kernels import delta_rule, linear_attention, linked_attention, neural_memory
 from memzoo.layers.neural_memory import dense_layout
 from memzoo.layers.state import LayerState
+from memzoo.models.mc_rnn.configuration_mc_rnn import VECTORS
 
 PAGE = (Path(__file__).parent.parent / "docs" / "fidelity.md").read_text()
 
@@ -155,7 +156,7 @@ class OneHeadAtATime:
 
     def __call__(self, x):
         c, m = self.config, self.mixer
-        if c.memory in ("lstm", "gru", "gated_linear"):
+        if c.memory in VECTORS:
             memories, q, k = self.vectors(x)
         else:
             q, k, v = (convolved(p(x), m.convolutions[n]) for n, p in (("q", m.q_proj), ("k", m.k_proj), ("v", m.v_proj)))
@@ -176,7 +177,7 @@ class OneHeadAtATime:
         if m.output_norm is not None:
             y = m.output_norm(y)
         y = y.flatten(1)
-        if hasattr(m, "convolutions"):
+        if c.memory not in VECTORS:
             y = y * F.silu(m.gate_proj(x))
         return m.o_proj(y)
 
@@ -239,7 +240,7 @@ class OneHeadAtATime:
         {"memory": "lstm", "routing": "energy", "restart": False},
         {"memory": "lstm", "aggregation": "average"},
         {"memory": "gru", "aggregation": "sparse", "top_k": 1},
-        {"memory": "gated_linear", "routing": "submax"},
+        {"memory": "gated_linear", "routing": "submax", "segment_length": 9},
     ],
     ids=lambda options: "-".join(str(value) for value in options.values()),
 )
@@ -249,6 +250,9 @@ def test_memory_caching(options):
     length = 19
     built = model("mc-linear", torch.float64, num_hidden_layers=1, **options).requires_grad_(False)
     config, mixer, x = built.config, built.model.layers[0].mixer, draw(1, length, 32)
+    for parameter in mixer.parameters():
+        if not parameter.any():  # biases start at zero, where leaving one out would not show
+            parameter.normal_()
     sizes = [16, 2, 1] if config.segmentation == "log" else [config.segment_length] * -(-length // config.segment_length)
     assert_close(mixer(x, dense_layout(x))[0], OneHeadAtATime(config, mixer, sizes)(x[0]))
 
