@@ -181,44 +181,63 @@ def draw(runs: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     colors = {
         "base": "#8a8a8a",
-        "attention": "#111111",
         "mean": "#b23a48",
         "submax": "#d08c1d",
         "energy": "#0b6e4f",
         "energy-low-rank": "#5aa9d6",
+        "attention": "#111111",
     }
     counts = sorted({run["pairs"] for run in runs})
-    figure, grid = plt.subplots(len(counts), 2, figsize=(9.6, 3.9 * len(counts)), dpi=150, layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(len(counts), 2, figsize=(10.4, 4.2 * len(counts)), dpi=150, layout="constrained", squeeze=False)
+
+    def wrong(accuracy: float) -> float:
+        """Errors, on whose logarithm 0.99 and 0.999 are as far apart as 0.9 and 0.99; none counts as one in 5,000."""
+        return max(1 - accuracy, 2e-4)
+
     for (curves, states), pairs in zip(grid, counts):
         here = [run for run in runs if run["pairs"] == pairs]
         for mixer in MIXERS:
             group = [run for run in here if run["mixer"] == mixer]
             if not group:
                 continue
-            color, sparse = colors[mixer.removeprefix("gated-").removeprefix("sparse-")], mixer.startswith("sparse")
-            for i, run in enumerate(group):
-                style = {"color": color, "linestyle": "--" if sparse else "-", "linewidth": 1.4, "alpha": 0.85}
-                curves.plot(*zip([0, 0], *run["curve"]), label=mixer if i == 0 else None, **style)
-                curves.plot(*run["curve"][-1], color=color, marker="D" if sparse else "o", markersize=4)
+            sparse, color = mixer.startswith("sparse"), colors[mixer.removeprefix("gated-").removeprefix("sparse-")]
+            mark = "D" if sparse else "o"
+            for run in group:
+                steps, scores = zip([0, 0.0], *run["curve"])
+                curves.plot(
+                    steps,
+                    [wrong(score) for score in scores],
+                    color=color,
+                    linestyle="--" if sparse else "-",
+                    linewidth=1.2,
+                    alpha=0.8,
+                )
+                curves.plot(steps[-1], wrong(scores[-1]), color=color, marker=mark, markersize=4)
             scores, size = [run["accuracy"] for run in group], group[0]["state_bytes"] / 1024
-            # Sparse and gated ones keep the same state: side by side, not one on the other.
-            size *= 1.03 if sparse else 0.97
-            states.plot([size, size], [min(scores), max(scores)], color=color, linewidth=1.2)
-            states.plot(size, mean(scores), color=color, marker="D" if sparse else "o", markersize=7, linestyle="", label=mixer)
+            size *= 1.03 if sparse else 0.97  # both keep the same state: side by side, not one on the other
+            states.plot([size, size], [wrong(min(scores)), wrong(max(scores))], color=color, linewidth=1.2)
+            states.plot(size, wrong(mean(scores)), color=color, marker=mark, markersize=7, linestyle="", label=mixer)
         of = f"{pairs} pairs in {here[0]['length']} tokens"
-        curves.set(xlabel="training steps", ylabel="accuracy on fresh queries", ylim=(-0.02, 1.03), title=f"{of}: a line a seed")
+        curves.set(xlabel="training steps", ylabel="accuracy on fresh queries", title=f"{of}: a line a seed")
         states.set(
-            xlabel="state after one sequence, KiB (float32, all layers)", ylabel="final accuracy", xscale="log", ylim=(-0.02, 1.03)
+            xlabel="state after one sequence, KiB (float32, all layers)",
+            ylabel="final accuracy",
+            title=f"{of}: mean and range over seeds",
         )
-        states.set(title=f"{of}: mean and range over seeds")
+        states.set_xscale("log", base=2)
         states.xaxis.set_major_formatter("{x:g}")
-        states.xaxis.set_minor_formatter("{x:g}")
+        ticks = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
         for axes in (curves, states):
+            axes.set_yscale("log")
+            axes.set_yticks([1 - tick for tick in ticks], [f"{tick:g}" for tick in ticks])
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.invert_yaxis()
             axes.grid(alpha=0.25)
-        states.legend(frameon=False, fontsize=8)
+    figure.legend(*grid[0, 1].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
     temporary = path.with_suffix(".tmp")
     figure.savefig(temporary, format="png")
     os.replace(temporary, path)
