@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import gated_scan, gru, lstm, vector_caching
-from ..kernels.memory_caching.state import PieceTable, piece_table
+from ..kernels.memory_caching.state import Pieces, PieceTable, piece_table
 from .caching import CacheOptions, Router, load_cache, save_cache
 from .convolution import ShortConvolution
 from .flops import projection_flops
@@ -80,8 +80,7 @@ class VectorMemory(nn.Module):
     def forward(self, x: Tensor, layout: TokenLayout, state: LayerState | None = None) -> Tensor:
         seen = x if self.convolution is None else self.convolution(x, layout, state)
         gates = self.gates_proj(seen).unflatten(-1, (self.num_heads, CELLS[self.cell], self.head_dim))
-        table = self._pieces(x, layout, state)
-        memory, gate = self._recurrence(gates, layout, table, state)
+        memory, gate = self._recurrence(gates, layout, state)
         if self.gate_proj is not None:
             gate = self.gate_proj(x).unflatten(-1, (self.num_heads, -1)).sigmoid()
         if self.caching is not None:
@@ -91,48 +90,67 @@ class VectorMemory(nn.Module):
             y = self.output_norm(y)
         return self.o_proj(y.flatten(2))
 
-    def _pieces(self, x: Tensor, layout: TokenLayout, state: LayerState | None) -> PieceTable | None:
-        """Where the recurrence starts anew; None where it never does."""
-        if self.caching is None or not self.caching.restart:
-            return None
-        position = 0 if state is None else state.open
-        return piece_table(*x.shape[:2], layout.cu_seqlens, self.caching.segment_length, position)
-
-    def _recurrence(
-        self, gates: Tensor, layout: TokenLayout, table: PieceTable | None, state: LayerState | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """(memory after every token [B, T, H, D], the LSTM's output gate or None); pieces run as packed sequences."""
+    def _recurrence(self, gates: Tensor, layout: TokenLayout, state: LayerState | None) -> tuple[Tensor, Tensor | None]:
+        """(memory after every token [B, T, H, D], the LSTM's output gate or None), started anew with every segment where that is so."""
         names = ("hidden", "cell") if self.cell == "lstm" else ("hidden",)
         held = None if state is None or state.get("hidden") is None else [state.get(name) for name in names]
-        shape = gates.shape
-        cu_seqlens = layout.cu_seqlens
-        if table is not None:
-            gates = gates.flatten(0, 1)[None]
-            cu_seqlens = torch.tensor(table.cu_pieces, device=gates.device)
-            if held is not None:
-                held = [_to_pieces(part, table) for part in held]
-        options = {"output_final_state": state is not None, "cu_seqlens": cu_seqlens}
-        gate = None
+        position = 0 if state is None else state.open
+        if self.caching is None or not self.caching.restart:
+            memory, gate, last = self._scan(gates, held, layout.cu_seqlens)
+        elif layout.cu_seqlens is None and isinstance(position, int):
+            memory, gate, last = self._in_runs(gates, held, Pieces(gates.shape[1], self.caching.segment_length, position, 0))
+        else:
+            memory, gate, last = self._in_pieces(gates, held, layout, position)
+        if state is not None:
+            for name, part in zip(names, last):
+                state.set(name, part)
+        return memory, gate
+
+    def _scan(
+        self, gates: Tensor, held: list[Tensor] | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """(memory after every token, the LSTM's output gate or None, state) of sequences [B, T, H, gates, D], or packed."""
+        options = {"output_final_state": True, "cu_seqlens": cu_seqlens}
         if self.cell == "lstm":
-            (gate, cell), last = lstm(
-                gates, self.recurrent_weight, return_cells=True, initial_state=None if held is None else tuple(held), **options
-            )
-            memory, gate = cell.tanh().view(*shape[:3], -1), gate.view(*shape[:3], -1)
-        elif self.cell == "gru":
+            initial = None if held is None else tuple(held)
+            (gate, cell), last = lstm(gates, self.recurrent_weight, return_cells=True, initial_state=initial, **options)
+            return cell.tanh(), gate, list(last)
+        if self.cell == "gru":
             memory, last = gru(
                 gates, self.recurrent_weight, self.recurrent_bias, initial_state=None if held is None else held[0], **options
             )
-            memory = memory.view(*shape[:3], -1)
-        else:
-            keep, new = wide(gates[:, :, :, 0]).sigmoid().flatten(2), gates[:, :, :, 1].flatten(2)
-            added = ((1 - keep) * new).to(gates.dtype)
-            memory, last = gated_scan(keep, added, initial_state=None if held is None else held[0].flatten(1), **options)
-            memory = memory.view(*shape[:3], -1)
-            last = None if last is None else last.unflatten(1, (self.num_heads, -1))
-        if state is not None:
-            for name, part in zip(names, last if isinstance(last, tuple) else (last,)):
-                state.set(name, part if table is None else _from_pieces(part, table, state.get(name)))
-        return memory, gate
+            return memory, None, [last]
+        keep, new = wide(gates[:, :, :, 0]).sigmoid().flatten(2), gates[:, :, :, 1].flatten(2)
+        added = ((1 - keep) * new).to(gates.dtype)
+        memory, last = gated_scan(keep, added, initial_state=None if held is None else held[0].flatten(1), **options)
+        return memory.unflatten(2, (self.num_heads, -1)), None, [last.unflatten(1, (self.num_heads, -1))]
+
+    def _in_runs(self, gates: Tensor, held: list[Tensor] | None, pieces: Pieces) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """A dense batch whose rows agree: pieces of one size are a batch of their own."""
+        batch, memories, output_gates = len(gates), [], []
+        for which in pieces.runs():
+            count, start, size = which.stop - which.start, pieces.starts[which.start], pieces.sizes[which.start]
+            rows = gates[:, start : start + count * size].unflatten(1, (count, size)).flatten(0, 1)
+            begin = None
+            if held is not None and which.start == 0:
+                begin = [F.pad(part[:, None], (0, 0, 0, 0, 0, count - 1)).flatten(0, 1) for part in held]
+            memory, gate, last = self._scan(rows, begin, None)
+            memories.append(memory.reshape(batch, count * size, *memory.shape[2:]))
+            output_gates.append(None if gate is None else gate.reshape(batch, count * size, *gate.shape[2:]))
+        last = [part.unflatten(0, (batch, count))[:, -1] for part in last]
+        if pieces.position == 0:
+            last = [torch.zeros_like(part) for part in last]
+        return torch.cat(memories, 1), None if output_gates[0] is None else torch.cat(output_gates, 1), last
+
+    def _in_pieces(self, gates: Tensor, held, layout: TokenLayout, position) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Packed sequences, or rows in different places of their segments: all pieces as packed sequences."""
+        shape = gates.shape[:2]
+        table = piece_table(*shape, layout.cu_seqlens, self.caching.segment_length, position)
+        bounds = torch.tensor(table.cu_pieces, device=gates.device)
+        begin = None if held is None else [_to_pieces(part, table) for part in held]
+        memory, gate, last = self._scan(gates.flatten(0, 1)[None], begin, bounds)
+        memory, gate = (None if part is None else part.reshape(*shape, *part.shape[2:]) for part in (memory, gate))
+        return memory, gate, [_from_pieces(part, table, was) for part, was in zip(last, held or [None] * len(last))]
 
     def _many_memories(self, x: Tensor, seen: Tensor, memory: Tensor, layout: TokenLayout, state: LayerState | None) -> Tensor:
         keys = u = None

@@ -516,8 +516,9 @@ def _step(q, k, v, u, keys, log_decay, beta, write, shift, caching: Caching, sta
         block = place // size
         pool = state.pooled.clone()
         pool[:, :, block] += keys[:, 0].float()
-        counts = pool.new_tensor([size] * block + [place % size + 1])
-        score = ((pool[:, :, : block + 1] * u[:, 0, :, None].float()).sum(-1) / counts).amax(-1)
+        scores = (pool[:, :, : block + 1] * u[:, 0, :, None].float()).sum(-1)
+        # Counts as plain numbers: a copy from the host could not be captured in a CUDA graph.
+        score = torch.cat((scores[..., :block] / size, scores[..., block:] / (place % size + 1)), -1).amax(-1)
     y = own[:, 0]
     sequences, slots = len(q), state.count
     if slots:

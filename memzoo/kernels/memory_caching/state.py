@@ -96,6 +96,11 @@ class Pieces:
             at += size
         return starts
 
+    def runs(self) -> list[slice]:
+        """The pieces in runs of equal sizes, which a batch holds without a pad."""
+        cuts = [0, *(j for j in range(1, len(self)) if self.sizes[j] != self.sizes[j - 1]), len(self)]
+        return [slice(a, b) for a, b in zip(cuts, cuts[1:])]
+
     def readers(self) -> list[int]:
         """For every memory that some token may read, the cached ones first, the first token that reads it."""
         starts = self.starts

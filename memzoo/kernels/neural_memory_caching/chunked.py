@@ -60,44 +60,49 @@ class NeuralWrites:
         return None
 
     def run(self, pieces: Pieces, memory: NeuralMemoryState, restart: bool, mix=None) -> tuple[Tensor, Weights, NeuralMemoryState]:
-        if restart:
-            return self._pieces(pieces, slice(0, len(pieces)), memory, mix, None)
         outputs, finals = [], None
-        for j in range(len(pieces)):
-            if j:
-                memory = self.next_segment(memory)
-            y, ends, memory = self._pieces(pieces, slice(j, j + 1), memory, mix, finals)
+        for which in pieces.runs() if restart else [slice(j, j + 1) for j in range(len(pieces))]:
+            held = memory if which.start == 0 and (pieces.first or not restart) else None
+            if which.start and not restart:
+                held = self.next_segment(memory)
+            y, ends, memory = self._pieces(pieces, which, held, mix, finals)
             outputs.append(y)
             finals = ends if finals is None else tuple(torch.cat(parts, 1) for parts in zip(finals, ends))
         return torch.cat(outputs, 1), finals, memory
 
-    def _pieces(self, pieces: Pieces, which: slice, memory: NeuralMemoryState, mix, finals: Weights | None):
-        """Some pieces, all at once, as packed sequences: the first goes on from `memory`, the others start anew."""
+    def _pieces(self, pieces: Pieces, which: slice, held: NeuralMemoryState | None, mix, finals: Weights | None):
+        """Pieces of one size, all at once as a batch; the first goes on from `held`, without it all start anew."""
         rows, count = self.q.shape[0], which.stop - which.start
-        starts, sizes = pieces.starts[which], pieces.sizes[which]
-        span = slice(starts[0], starts[0] + sum(sizes))
-        tokens = [x[:, span] for x in (self.q, self.k, self.v, self.lr, self.momentum, self.decay)]
-        initial, ends = memory, None
-        if count > 1:  # pieces of a row as packed sequences
-            tokens = [x.flatten(0, 1)[None] for x in tokens]
-            ends = torch.tensor([0, *sizes * rows], device=self.q.device).cumsum(0)
-            initial = _interleave(memory, self.fresh(rows * (count - 1)), count)
+        start, size = pieces.starts[which.start], pieces.sizes[which.start]
+        span = slice(start, start + count * size)
+        tokens = [
+            x[:, span].unflatten(1, (count, size)).flatten(0, 1)
+            for x in (self.q, self.k, self.v, self.lr, self.momentum, self.decay)
+        ]
+        initial = held
+        if held is None and self.start is not None:
+            initial = self.fresh(rows * count)
+        elif held is not None and count > 1:
+            initial = _interleave(held, self.fresh(rows * (count - 1)), count)
         if mix is None:
             chunk_size, residual, loss, clamp = self.options
             y, last = neural_memory(
                 *tokens, self.initial, chunk_size=chunk_size, residual=residual, loss=loss, max_grad_norm=clamp, initial_state=initial,
-                output_final_state=True, cu_seqlens=ends, implementation=self.implementation,
+                output_final_state=True, implementation=self.implementation,
             )  # fmt: skip
         else:
-            offset = torch.tensor(starts, device=self.q.device)[:, None]
+            offset = start + size * torch.arange(count, device=self.q.device)[:, None]
 
             def mixed(layer: int, rows_in: Tensor, read: Tensor, after: Weights, at: Tensor) -> Tensor:
                 rows_in, read, at = (x.unflatten(0, (rows, count)) for x in (rows_in, read, at))
-                known = finals if which.start or count == 1 else tuple(w.unflatten(0, (rows, count)) for w in after)
-                return mix(layer, rows_in, read, known, which, (at + offset).clamp(max=pieces.length - 1)).flatten(0, 1)
+                known = finals
+                if count > 1:
+                    known = tuple(w.unflatten(0, (rows, count)) for w in after)
+                    known = known if finals is None else tuple(torch.cat(parts, 1) for parts in zip(finals, known))
+                return mix(layer, rows_in, read, known, which, at + offset).flatten(0, 1)
 
-            y, last = neural_memory_chunked(*tokens, self.initial, *self.options, initial, True, ends, mixed)
-        y = y.view(rows, -1, *y.shape[2:])
+            y, last = neural_memory_chunked(*tokens, self.initial, *self.options, initial, True, None, mixed)
+        y = y.reshape(rows, count * size, *y.shape[2:])
         last = map_tensors(last, lambda x: x.unflatten(0, (rows, count)))
         return y, last.weights, map_tensors(last, lambda x: x[:, -1])
 

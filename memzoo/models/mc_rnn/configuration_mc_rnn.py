@@ -82,7 +82,9 @@ class MemoryCachingConfig(MemzooConfig):
         self._require(
             self.top_k is None if not sparse else 1 <= self.top_k <= 16, "top_k", "1 to 16 with aggregation sparse, else None"
         )
-        self._require(scored or self.routing == "mean", "routing", f"mean with aggregation {self.aggregation}, which scores nothing")
+        self._require(
+            scored or self.routing == "mean", "routing", f"mean with aggregation {self.aggregation}, which scores nothing"
+        )
         self._require(scored or self.routing_dim is None, "routing_dim", f"None with aggregation {self.aggregation}")
         if self.routing_dim is not None:
             self._require_head_dim("routing_dim")
@@ -92,7 +94,9 @@ class MemoryCachingConfig(MemzooConfig):
             "max_cached_segments",
             "at least 1, with gates (gated, soup, sparse) and segments of one length; or None",
         )
-        self._require(not self.offload_cached or sparse, "offload_cached", "False but with aggregation sparse, which reads a few memories")
+        self._require(
+            not self.offload_cached or sparse, "offload_cached", "False but with aggregation sparse, which reads a few memories"
+        )
         self._require(
             self.segmentation == "constant" or not self.use_cache, "use_cache", "False with segmentation log, which knows no state"
         )
