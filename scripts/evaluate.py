@@ -100,7 +100,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--cache-segments",
         type=reader(parse_length, several=False),
         metavar="TOKENS",
-        help="cache the memories of a model trained without a cache after every so many tokens and read their mean",
+        help="cache the memories of a model trained without a cache after every so many tokens",
+    )
+    parser.add_argument(
+        "--cache-aggregation",
+        choices=("average", "residual", "gated", "sparse"),
+        default="average",
+        help="how they are read: their mean, their sum, or by gates from key energies (default: average)",
     )
     parser.add_argument("--batch-size", type=positive, default=8, help="prompts at a time, in each process")
     parser.add_argument("--chunk", type=reader(parse_length, several=False), default=2048, help="tokens of a prompt read at a time")
@@ -173,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
             with shown(console) as progress:
                 records += evaluate(
                     args.models, own, store, limit=limit or 50, depths=depths, difficulty=difficulty, progress=progress,
-                    cache_segments=args.cache_segments, **shared,
+                    cache_segments=args.cache_segments, cache_aggregation=args.cache_aggregation, **shared,
                 )  # fmt: skip
         if papers:
             with shown(console) as progress:

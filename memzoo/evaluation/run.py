@@ -70,8 +70,8 @@ class Subject:
         self.fingerprint = fingerprint(self.model or self.lm, self.path)
         segments = options.get("cache_segments")
         if segments and self.path is not None:
-            self.name = f"{self.name} + average {segments}"
-            self.fingerprint = f"{self.fingerprint} average {segments}"
+            how = f"{options['cache_aggregation']} {segments}"
+            self.name, self.fingerprint = f"{self.name} + {how}", f"{self.fingerprint} {how}"
 
     def load(self):
         """The lm-eval LM."""
@@ -86,7 +86,7 @@ class Subject:
                 if options.get("cache_segments"):
                     from ..caching import enable_memory_caching
 
-                    enable_memory_caching(self.model, options["cache_segments"])
+                    enable_memory_caching(self.model, options["cache_segments"], options["cache_aggregation"])
             self.lm = MemoryLM(
                 self.model, self.tokenizer, options["batch_size"], options["chunk"], accelerator=options["accelerator"]
             )
@@ -140,6 +140,7 @@ def evaluate(
     device: str | None = None,
     training_length: int | None = None,
     cache_segments: int | None = None,
+    cache_aggregation: str = "average",
     trust_remote_code: bool = False,
     accelerator=None,
     progress: Progress | None = None,
@@ -160,8 +161,8 @@ def evaluate(
         chunk: tokens of a prompt that are read at a time.
         dtype, device, trust_remote_code: how a model given by name is loaded.
         training_length: tokens the models were trained at; each config's `training_length` if None.
-        cache_segments: read models given by name with `memzoo.enable_memory_caching` at segments of so many tokens; such a model is another
-            one to the store.
+        cache_segments, cache_aggregation: read models given by name with `memzoo.enable_memory_caching` at segments of so many tokens;
+            such a model is another one to the store.
         accelerator: an accelerate.Accelerator; documents are split among its processes.
         progress: told how the work goes.
 
@@ -178,7 +179,8 @@ def evaluate(
     _check(models, tasks, lengths, limit, depths, difficulty, _processes(accelerator))
     options = {
         "batch_size": batch_size, "chunk": chunk, "dtype": dtype, "device": device, "training_length": training_length,
-        "cache_segments": cache_segments, "trust_remote_code": trust_remote_code, "accelerator": accelerator,
+        "cache_segments": cache_segments, "cache_aggregation": cache_aggregation,
+        "trust_remote_code": trust_remote_code, "accelerator": accelerator,
     }  # fmt: skip
     subjects = [Subject(model, tokenizer, options) for model in models]
     store = Store(store) if isinstance(store, (str, Path)) else store

@@ -118,13 +118,19 @@ class Router(nn.Module):
         num_heads, head_dim: of the queries and keys.
         routing: "mean", "energy" or "submax".
         rank: dimensions R of a learned projection of queries and keys, shared by both; None for head_dim, unprojected.
+        tau: with "energy" a fixed one, for a model that was trained without a cache: nothing to learn, and nothing to save.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, routing: str, rank: int | None = None):
+    def __init__(
+        self, hidden_size: int, num_heads: int, head_dim: int, routing: str, rank: int | None = None, tau: float | None = None
+    ):
         super().__init__()
         self.num_heads, self.routing, self.size = num_heads, routing, head_dim if rank is None else rank
         self.project = None if rank is None else nn.Parameter(torch.empty(num_heads, head_dim, rank))
-        if routing == "energy":
+        self.fixed = tau is not None
+        if self.fixed:
+            self.register_buffer("log_tau", torch.full((num_heads,), math.log(tau)), persistent=False)
+        elif routing == "energy":
             self.log_tau = nn.Parameter(torch.empty(num_heads))
         else:
             self.u_proj = nn.Linear(hidden_size, num_heads * self.size, bias=False)
@@ -139,7 +145,7 @@ class Router(nn.Module):
     def init_weights(self, init: Any) -> None:
         if self.project is not None:  # a random subspace, in which an l2-normalised key keeps a norm of 1 on average
             init.normal_(self.project, 0.0, self.size**-0.5)
-        if self.routing == "energy":
+        if self.routing == "energy" and not self.fixed:
             init.constant_(self.log_tau, math.log(ENERGY_START))
 
     def flops_per_token(self) -> int:

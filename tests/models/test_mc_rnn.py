@@ -238,9 +238,13 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("aggregation", ["average", "residual"])
+@pytest.mark.parametrize("aggregation", ["average", "residual", "gated", "sparse"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_caching_after_training(name, aggregation):
+    if name == "linear-transformer" and aggregation in ("gated", "sparse"):
+        with pytest.raises(ValueError, match="needs l2-normalised queries and keys"):
+            memzoo.enable_memory_caching(zoo.model(name), 5, aggregation)
+        return
     model = zoo.model(name, torch.float64)
     ids = tokens(23)
     before = logits(model, ids)
@@ -256,6 +260,7 @@ def test_caching_after_training(name, aggregation):
         state = model(ids[:, :12], use_cache=True).past_key_values
         parts = [model(ids[:, t : t + 1], past_key_values=state, use_cache=True).logits for t in range(12, 23)]
     assert_close(torch.cat(parts, 1), cached[:, 12:], 1e-9)
+    assert all("router" not in key for key in model.state_dict())
     memzoo.enable_memory_caching(model, None)
     assert torch.equal(logits(model, ids), before)
 
@@ -289,7 +294,7 @@ def test_the_mean_of_memories_is_what_is_read():
         ("mc-linear", (5,), "was trained with it"),
         ("titans-lmm", (0,), "segment_length is 0, needs an integer of at least 1, or None"),
         ("titans-lmm", (True,), "segment_length is True"),
-        ("titans-lmm", (5, "gated"), "aggregation is 'gated', needs one of average, residual"),
+        ("titans-lmm", (5, "soup"), "aggregation is 'soup', needs one of average, residual, gated, sparse"),
     ],
 )
 def test_what_cannot_be_enabled(name, arguments, message):
