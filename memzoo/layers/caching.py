@@ -135,6 +135,12 @@ class Router(nn.Module):
         else:
             self.u_proj = nn.Linear(hidden_size, num_heads * self.size, bias=False)
 
+    def read_scale(self) -> Tensor | None:
+        """[num_heads, 1], where connectors are the queries times this: read with them and divide, and both come from one sweep."""
+        if self.routing != "energy" or self.project is not None:
+            return None
+        return (wide(self.log_tau) / 2).exp()[:, None]
+
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.project is not None:
             q, k = (torch.einsum("bthd,hdr->bthr", t, self.project.to(t.dtype)) for t in (q, k))

@@ -147,6 +147,9 @@ class MatrixMemory(nn.Module):
         if self.normalize:  # the sum of keys is the read of one more value, always 1; a head dimension is a multiple of 8
             v = F.pad(F.pad(v, (0, 1), value=1.0), (0, NORMALIZER_COLUMNS - 1))
         u, keys = (None, None) if self.router is None else self.router(x, q, k)
+        scale = None if self.router is None else self.router.read_scale()
+        if scale is not None:
+            q = u
         gates = {"beta": beta}
         if self.write_proj is not None:
             gates = {"write_gate": wide(self.write_proj(x)).sigmoid(), "shift_gate": beta}
@@ -158,7 +161,7 @@ class MatrixMemory(nn.Module):
             log_decay,
             **gates,
             **self.caching.arguments(),
-            routing_keys=keys,
+            routing_keys=None if keys is k else keys,
             initial_state=None if state is None else load_cache(state, state.get("memory"), 1),
             output_final_state=state is not None,
             cu_seqlens=layout.cu_seqlens,
@@ -166,6 +169,8 @@ class MatrixMemory(nn.Module):
         if last is not None:
             state.set("memory", last.memory)
             save_cache(state, last, self.caching.offload)
+        if scale is not None:
+            y = (y / scale).to(y.dtype)
         if self.normalize:
             y = y[..., : self.value_head_dim] / (y[..., self.value_head_dim, None] + NORMALIZER_EPSILON)
         return y

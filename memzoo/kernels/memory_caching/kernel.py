@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.checks import MAX_HEAD_DIM
 from ..common.launch import CompileSpec
 from ..delta_rule import delta_rule
 from ..gated_scan import gated_scan
@@ -195,13 +196,17 @@ def _run(tensors, caching: Caching, state: MemoryCachingState | None, keep: bool
     call = _Call(batch, length, cu_seqlens, caching, state)
     shape = tensors[2].shape
     q, k, v, u, keys, log_decay, beta, write, shift = (None if x is None else x.flatten(0, 1)[None].contiguous() for x in tensors)
-    online_read, finals = _write(call, q, k, v, log_decay, beta, write, shift)
-    pools = descriptors = None
+    score = pools = descriptors = None
+    one_sweep = _energy_in_the_sweep(tensors, caching)
+    if one_sweep:
+        online_read, finals, score, pools = _write_and_score(call, q, k, v)
+    else:
+        online_read, finals = _write(call, q, k, v, log_decay, beta, write, shift)
     if caching.collapsed(True):
         y, bank = _read_sum(call, q, online_read, finals)
     else:
         bank = _bank(call, finals, None if state is None else state.cached[0])
-        score, pools, described = _score(call, u, keys)
+        score, pools, described = (score, pools, pools) if one_sweep else _score(call, u, keys)
         descriptors = _bank(call, described, None if state is None else state.descriptors)
         if caching.aggregation == "sparse":
             y = _read_chosen(call, q, u, online_read, score, bank, descriptors)
@@ -257,6 +262,38 @@ def _write(call: _Call, q, k, v, log_decay, beta, write, shift) -> tuple[Tensor,
         again, added = linear_attention(q, *before, log_decay, cu_seqlens=bounds, **options)
         y, finals = y + again, finals + added
     return y, finals
+
+
+def _energy_in_the_sweep(tensors, caching: Caching) -> bool:
+    """Whether the matrix of keys can be one more block of the memory's columns: it is read and written as the memory is."""
+    q, k, v, u, keys, *gates = tensors
+    plain = caching.restart and all(gate is None for gate in gates)
+    return (
+        plain
+        and caching.scored
+        and caching.routing == "energy"
+        and u is q
+        and keys is k
+        and v.shape[3] + k.shape[3] <= MAX_HEAD_DIM
+    )
+
+
+def _write_and_score(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(reads of the online memory, memories after every piece, scores, pools), keys being values too: one sweep for both matrices."""
+    state, heads, size = call.state, q.shape[2], (q.shape[3], v.shape[3])
+    held = None if state is None else torch.cat((state.memory, state.pooled), -1)
+    starts = call.starting(held, q, (heads, size[0], size[1] + size[0]))
+    y, finals = linear_attention(
+        q,
+        k,
+        torch.cat((v, k), -1),
+        initial_state=starts,
+        output_final_state=True,
+        cu_seqlens=call.bounds(q),
+        implementation="triton",
+    )
+    (y, z), (finals, pools) = (x.split([size[1], size[0]], -1) for x in (y, finals))
+    return y.contiguous(), finals.contiguous(), (z.float() * q.float()).sum(-1), pools.contiguous()
 
 
 def _before(call: _Call, k: Tensor, v: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
