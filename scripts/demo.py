@@ -23,7 +23,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "scripts" / "configs" / "demo"
-DEMO = ("sdnc-link", "linear-transformer-delta", "titans-mac")  # one architecture of each family
+DEMO = ("sdnc-link", "linear-transformer-delta", "titans-mac", "mc-linear-gated")  # one architecture of each family
 LENGTHS = (1, 2, 4, 8)  # times the training length
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 GOAL = 0.95  # accuracy at the training length
