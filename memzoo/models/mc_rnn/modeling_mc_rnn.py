@@ -1,5 +1,7 @@
 """Recurrent models with a cache of memories: a matrix, an MLP or a vector a head in every block of the shared stack (arXiv 2602.24281)."""
 
+import logging
+
 from torch import nn
 
 from ...layers.caching import CacheOptions
@@ -79,8 +81,15 @@ class MemoryCachingForCausalLM(MemzooForCausalLM):
     model_class = MemoryCachingModel
 
     def __init__(self, config: MemoryCachingConfig):
-        super().__init__(config)
-        self.generation_config.top_k = None  # transformers takes the memories that a token reads for tokens to sample from
+        # transformers takes `top_k`, memories that a token reads, for tokens to sample from, and warns that greedy search ignores it.
+        logger = logging.getLogger("transformers.generation.configuration_utils")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            super().__init__(config)
+        finally:
+            logger.setLevel(level)
+        self.generation_config.top_k = None
 
 
 __all__ = ["MemoryCachingConfig", "MemoryCachingForCausalLM", "MemoryCachingModel"]
