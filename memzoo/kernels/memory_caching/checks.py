@@ -27,6 +27,7 @@ def check_caching(
     state: MemoryCachingState | None,
     keep: bool,
     max_segments: object,
+    keys_name: str = "routing_keys",
 ) -> tuple[Caching, Tensor | None]:
     """(the options of the cache, what its descriptors pool or None); `like` is [B, T, H, ...]."""
     if segment_length != LOG and (isinstance(segment_length, bool) or not isinstance(segment_length, int) or segment_length < 1):
@@ -54,7 +55,7 @@ def check_caching(
     check_dim(op, "u", u, 4, "[B, T, H, R]")
     check_shape(op, "u", u, (*like.shape[:3], u.shape[3]), "[B, T, H, R]")
     check_head_dim(op, "u", u.shape[3])
-    check_shape(op, "routing_keys", keys, u.shape, "[B, T, H, R] as u")
+    check_shape(op, keys_name, keys, u.shape, "[B, T, H, R] as u")
     return caching, keys
 
 

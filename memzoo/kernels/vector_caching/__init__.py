@@ -58,7 +58,7 @@ def vector_caching(
     batch, length = h.shape[:2]
     check_cu_seqlens(OP, cu_seqlens, batch, length)
     caching, keys = check_caching(
-        OP, segment_length, aggregation, top_k, True, routing, h, u, keys, initial_state, output_final_state, max_segments
+        OP, segment_length, aggregation, top_k, True, routing, h, u, keys, initial_state, output_final_state, max_segments, "keys"
     )
     check_float(OP, h=h, keys=keys, u=u)
     check_same(OP, "h", h, keys=keys, u=u)
