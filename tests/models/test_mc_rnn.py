@@ -66,6 +66,57 @@ def test_soup_is_not_gated_for_an_mlp(memory):
     assert not torch.allclose(other[:, 6:], logits(gated, ids)[:, 6:], atol=1e-6)
 
 
+@pytest.mark.parametrize("restart", [True, False])
+@pytest.mark.parametrize("aggregation", ["residual", "gated", "soup", "sparse", "average"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_every_memory_with_every_aggregation(memory, aggregation, restart):
+    """What tests/models/test_every_model.py asks of some configurations, of all of them in short: causal to the bit, batch-independent,
+    repeatable, any split, padding, packing, equal to the definition with its gradients."""
+    routing = {"gated": "energy", "sparse": "submax"}.get(aggregation, "mean")
+    fields = {"aggregation": aggregation, "restart": restart, "routing": routing, "num_hidden_layers": 1, "segment_length": 4}
+    model = build(memory, top_k=1 if aggregation == "sparse" else None, **fields)
+    ids = tokens(15)
+    whole = logits(model, ids)
+    assert torch.equal(logits(model, ids), whole)
+    changed = ids.clone()
+    changed[0, 9:] = changed[0, 9:] % 60 + 1
+    after = logits(model, changed)
+    assert torch.equal(after[0, :9], whole[0, :9]) and not torch.equal(after[0, 9], whole[0, 9])
+    assert_close(after[1], whole[1], 1e-12)
+    with torch.no_grad():
+        cache, parts = None, []
+        for part in ids.split([3, 1, 1, 7, 1, 2], dim=1):
+            output = model(part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+        assert_close(torch.cat(parts, 1), whole, 1e-9)
+        mask = torch.ones_like(ids)
+        mask[1, :6] = 0
+        padded = model(ids, attention_mask=mask, use_cache=False).logits
+        assert_close(padded[0], whole[0], 1e-9)
+        alone = logits(model, ids[1:, 6:])
+        assert_close(padded[1, 6:], alone[0], 1e-9)
+        packed = model(torch.cat((ids[:1], ids[1:, 6:]), 1), cu_seqlens=torch.tensor([0, 15, 24])).logits
+        assert_close(packed[0], torch.cat((whole[0], alone[0])), 1e-9)
+
+
+@pytest.mark.parametrize("restart", [True, False])
+@pytest.mark.parametrize("aggregation", ["residual", "gated", "soup", "sparse", "average"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_gradients_of_every_memory_with_every_aggregation(memory, aggregation, restart, monkeypatch):
+    fields = {"aggregation": aggregation, "restart": restart, "num_hidden_layers": 1, "segment_length": 4}
+    model = build(memory, top_k=1 if aggregation == "sparse" else None, **fields)
+    ids = tokens(11)
+    grads = []
+    for form in ("reference", "chunked"):
+        monkeypatch.setenv("MEMZOO_KERNELS", form)
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        grads.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, expected in grads[0].items():
+        assert_close(grads[1][name], expected, 1e-8, name)
+
+
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_sparse_with_enough_choices_is_gated(memory):
     ids = tokens(17)
