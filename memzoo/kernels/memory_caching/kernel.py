@@ -13,6 +13,7 @@ operations, a quarter of attention's at 16k tokens (read.py), are then what bind
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -75,10 +76,11 @@ def make_plan(
         plan.first_piece.append(begin), plan.pieces.append(total)
         plan.position.append(positions[n] if pieces is None else pieces.position)
         plan.closed.append(0 if pieces is None else pieces.closed)
-        if pieces is None:
-            continue
-        origin, end, memories = plan.bounds[-1], plan.bounds[-1] + pieces.length, len(plan.bank)
+        origin, end, memories = plan.bounds[-1], plan.bounds[-1] + lengths[n], len(plan.bank)
         plan.bank.extend(n * slots + i for i in range(counts[n]))
+        if pieces is None:
+            plan.reader_start.extend([end] * counts[n]), plan.reader_end.extend([end] * counts[n])
+            continue
         plan.bank.extend(known + begin + j for j in range(total))
         readers = [origin + t for t in pieces.readers()] + [end]  # nothing in this call reads the last piece's memory
         plan.reader_start.extend(readers), plan.reader_end.extend([end] * len(readers))
@@ -441,47 +443,19 @@ def _final_state(call: _Call, k, v, shift, finals, bank, pools, descriptors) -> 
         total = torch.where(none, torch.zeros_like(total) if state is None else state.cached[0][:, 0], total)
         cached, described, pool = total[:, None], None, None
     else:
-        starts = [0]
-        for n in range(call.sequences):
-            starts.append(starts[-1] + (call.counts[n] + plan.pieces[n] if plan.pieces[n] else 0))
-        zero, most = starts[-1], max(counts)  # the row of zeros after the bank
-        rows = []
-        for n, count in enumerate(counts):
-            if plan.pieces[n]:
-                rows.append([starts[n] + i if i < count else zero for i in range(most)])
-            else:
-                rows.append([zero] * most)
-        index = call.on(bank, [i for row in rows for i in row])
+        # A sequence's memories in the bank are those it had and one a piece, of which the closed ones stay; zeros fill up shorter caches.
+        ends = list(itertools.accumulate((had + pieces for had, pieces in zip(call.counts, plan.pieces)), initial=0))
+        most = max(counts)
+        index = call.on(bank, [start + i if i < count else ends[-1] for start, count in zip(ends, counts) for i in range(most)])
         cached, described = (
             F.pad(x, (0, 0) * (x.dim() - 1) + (0, 1))[index].unflatten(0, (call.sequences, most)) for x in (bank, descriptors)
         )
-        for n, pieces in enumerate(plan.pieces):
-            if not pieces and counts[n]:  # a sequence without a token keeps what it had
-                cached, described = (
-                    torch.cat(
-                        (
-                            new[:n],
-                            F.pad(old[n : n + 1, : counts[n]], (0, 0) * (old.dim() - 2) + (0, most - counts[n])),
-                            new[n + 1 :],
-                        )
-                    )
-                    for new, old in ((cached, state.cached[0]), (described, state.descriptors))
-                )
         pool = call.last(pools, held("pooled"), True)
     previous = None
     if shift is not None:
-        was = held("previous")
-        ends = [plan.bounds[first + count] - 1 if count else 0 for first, count in zip(plan.first_piece, plan.pieces)]
-        previous = []
-        for i, x in enumerate((k, v)):
-            last = x[0, call.on(x, ends)].float()
-            gone = [caching.restart and not p and bool(c) for p, c in zip(plan.position, plan.pieces)]
-            for which, other in ((gone, None), ([not c for c in plan.pieces], None if was is None else was[i])):
-                if any(which):
-                    mask = call.on(x, [int(w) for w in which]).bool()[:, None, None]
-                    last = torch.where(mask, torch.zeros_like(last) if other is None else other, last)
-            previous.append(last)
-        previous = tuple(previous)
+        tokens = call.on(k, [bound - 1 for bound in plan.bounds[1:]])
+        was = held("previous") or (None, None)
+        previous = tuple(call.last(x[0, tokens].float(), old, caching.restart) for x, old in zip((k, v), was))
     return MemoryCachingState(memory, (cached,), pool, described, numbers(plan.position), numbers(counts), previous)
 
 
