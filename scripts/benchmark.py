@@ -32,6 +32,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a machine that is only lent has no memzoo installed
 
 from memzoo import kernels
+from memzoo.layers.caching import CacheOptions
 
 OUTPUT_BOUND, GRADIENT_BOUND = 2e-2, 5e-2  # ||difference|| / ||expected||, bf16 against float32; errors themselves are in each row
 LENGTHS = (1, 16, 17, 63, 64, 65, 128, 1000, 1024, 2047, 4096, 5001)  # none may compile anything again
@@ -65,7 +66,9 @@ QUICK |= {Shape(16, 1024, 12, 64), Shape(256, 64, 12, 64)}
 TINY, TINY_STEP = Shape(1, 64, 4, 16), Shape(1, 1, 4, 16)
 HOST = Shape(1, 256, 4, 64)
 CHUNK, HIDDEN = 64, 4  # of a neural memory: tokens a chunk, hidden width over the head dimension
-CACHED = 4096  # keys that a decoding attention reads
+CACHED = 4096  # keys that a decoding attention reads, and tokens before a decode step of cached memories
+SEGMENT, TOP_K = 256, 4  # of memory caching: tokens a segment, and cached memories that a sparse read takes
+TINY_SEGMENTS = Shape(1, (TOP_K + 2) * SEGMENT, 1, 16)  # a dry run's, with more segments than a sparse read takes
 
 Tensors = dict[str, Tensor]
 Peer = Callable[["Case", Shape, Tensors], tuple[Callable[[], Tensor], list[Tensor]]]
@@ -84,14 +87,25 @@ class Case:
     peers: dict[str, Peer] = field(default_factory=dict)
     part: Callable[[Shape, str, Tensor], Tensor] | None = None  # the slice the correctness gate looks at; all of it if None
     backward: float | None = 2.5  # operations of the backward over those of the forward; None: a decode step, forward only
+    tiny: Shape = TINY  # of a dry run; a decode step has its own
+    read: dict[str, float] = field(default_factory=dict)  # inputs of which the definition reads a share only
 
     def run(self, tensors: Tensors, implementation: str | None = None) -> tuple[Tensor, ...]:
-        """The operator's outputs (output, and final state where asked for) as a flat tuple."""
-        given = {name: t for name, t in tensors.items() if not name.startswith("weights.")}
+        """The operator's outputs (output, and of the final state what is new, where asked for) as a flat tuple."""
+        given = {name: t for name, t in tensors.items() if "." not in name}
         if layers := tuple(t for name, t in tensors.items() if name.startswith("weights.")):
             given["weights"] = layers
+        if "state.cached" in tensors:
+            given["initial_state"] = cache_of(tensors)
         outputs = getattr(kernels, self.operator)(**given, **self.options, implementation=implementation)
-        return tuple(o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None)
+        flat = []
+        for output in outputs if isinstance(outputs, tuple) else (outputs,):
+            flat += [output.memory, output.pooled] if isinstance(output, kernels.MemoryCachingState) else [output]
+        return tuple(o for o in flat if o is not None)
+
+    def input_bytes(self, tensors: Tensors) -> float:
+        """Bytes of the inputs that the definition reads."""
+        return sum(tensor_bytes([t]) * self.read.get(name, 1) for name, t in tensors.items())
 
 
 # Inputs. `make(*shape)` is random normal in the run's dtype on its device; gates are float32.
@@ -134,6 +148,47 @@ def neural_inputs(shape: Shape, make, *, depth: int) -> Tensors:
     for i, (a, b) in enumerate(zip([shape.dim, *hidden], [*hidden, shape.dim])):
         tensors[f"weights.{i}"] = make(shape.heads, a, b).float() * a**-0.5
     return tensors
+
+
+def caching_inputs(shape: Shape, make, *, scale: float) -> Tensors:
+    """Connectors that point at TOP_K earlier segments, whose keys share a direction, so that rounding does not decide what is chosen;
+    `scale` makes the scores of those 2 to 3."""
+    tensors = memory_inputs(shape, make)
+    segment = torch.arange(shape.length, device=tensors["q"].device) // SEGMENT
+    segments = torch.arange(-(-shape.length // SEGMENT), device=segment.device)
+    topics = F.normalize(make(len(segments), shape.heads, shape.dim).float(), dim=-1)
+    tensors["k"] = F.normalize(tensors["k"].float() + topics[segment], dim=-1).to(tensors["k"].dtype)
+    liking = make(shape.length, len(segments)).float().masked_fill(segments >= segment[:, None], -torch.inf)
+    liked = torch.zeros_like(liking).scatter_(1, liking.topk(min(TOP_K, len(segments)), dim=1).indices, 1.0)
+    connectors = scale * (liked @ topics.flatten(1)).unflatten(1, (shape.heads, shape.dim))
+    return tensors | {"u": connectors.to(tensors["q"].dtype).expand(shape.batch, -1, -1, -1).contiguous()}
+
+
+def caching_step_inputs(shape: Shape, make) -> Tensors:
+    """One token after CACHED others in closed segments and half a segment more; scores of about 1."""
+    tensors, heads = memory_inputs(shape, make), (shape.heads, shape.dim)
+    cached = (shape.batch, CACHED // SEGMENT, *heads)
+    return tensors | {
+        "u": make(shape.batch, 1, *heads),
+        "state.memory": make(shape.batch, *heads, shape.dim).float(),
+        "state.cached": make(*cached, shape.dim).float(),
+        "state.pooled": make(shape.batch, shape.heads, 1, shape.dim).float(),
+        "state.descriptors": make(*cached).float() * shape.dim**-0.5,
+    }
+
+
+def neural_caching_inputs(shape: Shape, make, *, depth: int) -> Tensors:
+    return neural_inputs(shape, make, depth=depth) | {"u": make(shape.batch, shape.length, shape.heads, shape.dim)}
+
+
+def vector_caching_inputs(shape: Shape, make) -> Tensors:
+    size = (shape.batch, shape.length, shape.heads, shape.dim)
+    return {"h": make(*size), "keys": F.normalize(make(*size), dim=-1), "u": make(*size)}
+
+
+def cache_of(tensors: Tensors) -> kernels.MemoryCachingState:
+    memory, cached, pooled, descriptors = (tensors[f"state.{name}"] for name in ("memory", "cached", "pooled", "descriptors"))
+    return kernels.MemoryCachingState(memory, (cached,), pooled, descriptors, SEGMENT // 2, cached.shape[1])
 
 
 def cached_inputs(shape: Shape, make) -> Tensors:
@@ -185,6 +240,33 @@ def neural_operations(shape: Shape, *, depth: int) -> float:
     dim, hidden = shape.dim, HIDDEN * shape.dim
     token = 12 * dim**2 + 4 * CHUNK * dim if depth == 1 else 22 * dim * hidden + 4 * CHUNK * (dim + hidden)
     return token * shape.batch * shape.length * shape.heads
+
+
+def cache_operations(shape: Shape, *, read: float, linear: bool = True, **options) -> float:
+    """Scores of cached memories and reads, of `read` operations each, with segments of SEGMENT tokens."""
+    token = CacheOptions(SEGMENT, **options).flops(shape.length, 1, read, shape.dim, linear=linear)
+    return token * shape.batch * shape.length * shape.heads
+
+
+def caching_operations(shape: Shape, **options) -> float:
+    return memory_operations(shape, products=2) + cache_operations(shape, read=2 * shape.dim**2, **options)
+
+
+def neural_caching_operations(shape: Shape, *, depth: int, **options) -> float:
+    """Reading a cached memory takes 2 operations a weight."""
+    hidden = HIDDEN * shape.dim
+    weights = shape.dim**2 if depth == 1 else 2 * shape.dim * hidden + (depth - 2) * hidden**2
+    return neural_operations(shape, depth=depth) + cache_operations(shape, read=2 * weights, linear=False, **options)
+
+
+def vector_caching_operations(shape: Shape, **options) -> float:
+    return cache_operations(shape, read=2 * shape.dim, **options)
+
+
+def caching_step_operations(shape: Shape, *, read: int) -> float:
+    """A write and a read, scores of all cached memories and the open one, and reads of `read` of them."""
+    token = 4 * shape.dim**2 + 2 * shape.dim * (CACHED // SEGMENT + 1) + 2 * read * shape.dim**2
+    return token * shape.batch * shape.heads
 
 
 def conv_operations(shape: Shape) -> float:
@@ -281,6 +363,14 @@ def plain_linear(case: Case, shape: Shape, tensors: Tensors):
     return lambda: kernels.linear_attention(**own)[0], list(own.values())
 
 
+def plain_neural(case: Case, shape: Shape, tensors: Tensors):
+    """Our own neural memory without a cache: the bound for a cache of its segments."""
+    own = {name: t.detach().clone().requires_grad_() for name, t in tensors.items() if name != "u"}
+    given = {name: t for name, t in own.items() if "." not in name}
+    layers = tuple(t for name, t in own.items() if "." in name)
+    return lambda: kernels.neural_memory(**given, weights=layers, chunk_size=CHUNK)[0], list(own.values())
+
+
 def titans(case: Case, shape: Shape, tensors: Tensors):
     """titans-pytorch's memory of the same depth, width and chunk; its projections and gates are in the time."""
     from titans_pytorch import MemoryMLP, NeuralMemory
@@ -350,6 +440,11 @@ DAO_CONV = other(
 
 WINDOW = {"window": 512, "prefix": 16}
 STEP = {"output_final_state": True}
+CACHING = {
+    "gated, mean": {"aggregation": "gated", "routing": "mean"},
+    "gated, energy": {"aggregation": "gated", "routing": "energy"},
+    f"sparse {TOP_K}, mean": {"aggregation": "sparse", "top_k": TOP_K, "routing": "mean"},
+}
 
 CASES = [
     Case(
@@ -423,6 +518,33 @@ CASES = [
                    **({"fla ttt": ttt_linear} if depth == 1 else {})},
         )
         for depth in (1, 2)
+    ),
+    *(
+        Case(
+            "memory_caching", f"{variant}, segment {SEGMENT}", partial(caching_inputs, scale=0.15 if "energy" in variant else 4.0),
+            partial(caching_operations, **options), GROWING, {"segment_length": SEGMENT, **options}, part=one_head,
+            peers={"sdpa": sdpa, "linear_attention": plain_linear}, backward=2.0, tiny=TINY_SEGMENTS,
+        )
+        for variant, options in CACHING.items()
+    ),
+    *(
+        Case(
+            "memory_caching", f"step, {variant}", caching_step_inputs, partial(caching_step_operations, read=read), DECODE,
+            {"segment_length": SEGMENT, **CACHING[variant], **STEP}, peers={"sdpa": sdpa}, backward=None,
+            read={"state.cached": read * SEGMENT / CACHED},
+        )
+        for variant, read in (("gated, mean", CACHED // SEGMENT), (f"sparse {TOP_K}, mean", TOP_K))
+    ),
+    Case(
+        "neural_memory_caching", f"gated, mean, depth 2, segment {SEGMENT}", partial(neural_caching_inputs, depth=2),
+        partial(neural_caching_operations, depth=2, **CACHING["gated, mean"]), [Shape(1, n, 16, 64) for n in (4096, 16384)],
+        {"chunk_size": CHUNK, "segment_length": SEGMENT, **CACHING["gated, mean"]}, part=one_head,
+        peers={"sdpa": sdpa, "neural_memory": plain_neural}, backward=2.0, tiny=TINY_SEGMENTS,
+    ),
+    Case(
+        "vector_caching", f"gated, mean, segment {SEGMENT}", vector_caching_inputs,
+        partial(vector_caching_operations, **CACHING["gated, mean"]), GROWING, {"segment_length": SEGMENT, **CACHING["gated, mean"]},
+        part=one_head, peers={"sdpa": sdpa}, backward=2.0, tiny=TINY_SEGMENTS,
     ),
     Case(
         "causal_conv1d", "width 4, bias, SiLU", conv_inputs, conv_operations, STANDARD + LONG, {"activation": "silu"},
@@ -581,8 +703,8 @@ def measure_row(bench: Bench, case: Case, shape: Shape) -> list[dict[str, object
         outputs = case.run(tensors, bench.implementation)
         dy = torch.randn_like(outputs[0]) if train else None
         base["errors"] = gate(bench, case, shape, tensors, dy)
-    bytes_forward = tensor_bytes(tensors.values()) + tensor_bytes(outputs)
-    bytes_both = 2 * bytes_forward + tensor_bytes(tensors.values())  # the backward reads inputs and dy and writes gradients
+    bytes_forward = case.input_bytes(tensors) + tensor_bytes(outputs)
+    bytes_both = 2 * bytes_forward + case.input_bytes(tensors)  # the backward reads inputs and dy and writes gradients
     operations = case.operations(shape)
     del outputs
 
@@ -690,7 +812,7 @@ def save(path: Path | None, result: dict[str, object]) -> None:
 
 
 def show(row: dict[str, object]) -> None:
-    head = f"{row['operator']:17} {row['variant']:27} {Shape(**row['shape'])!s:22} "
+    head = f"{row['operator']:21} {row['variant']:36} {Shape(**row['shape'])!s:22} "
     if "error" in row:
         print(f"{head}{row['error']}", flush=True)
         return
@@ -710,7 +832,7 @@ def run_operator(operator: str, arguments: argparse.Namespace, deadline: float) 
         except Exception as error:
             result[name] = {"error": one_line(error)}
     for case in cases:
-        shapes = [TINY if case.backward is not None else TINY_STEP] if arguments.dry_run else case.shapes
+        shapes = [case.tiny if case.backward is not None else TINY_STEP] if arguments.dry_run else case.shapes
         for shape in dict.fromkeys(shapes):
             if arguments.shapes == "quick" and not arguments.dry_run and shape not in QUICK:
                 continue

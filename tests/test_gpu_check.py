@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from memzoo import kernels
 
@@ -151,3 +152,16 @@ def test_operations_counted():
     # Window 2, prefix 1: the rows see 1, 2, 3, 3, 3 positions.
     assert benchmark.attention_operations(shape, window=2, prefix=1) == 4 * 16 * 12
     assert benchmark.memory_operations(shape, products=3) == 6 * 16 * 16 * 5
+    # Three segments: a token of the second scores and reads one cached memory, one of the third two; all score their own.
+    long = benchmark.Shape(1, 2 * benchmark.SEGMENT + 8, 1, 16)
+    earlier = benchmark.SEGMENT + 2 * 8
+    own = (4 * 16 * 16 + 2 * 16) * long.length
+    counted = benchmark.caching_operations(long, **benchmark.CACHING["gated, mean"])
+    assert counted == pytest.approx(own + earlier * (2 * 16 * 16 + 2 * 16))
+    # A decode step after 16 segments reads the four that it chose, and scores all and its own.
+    step = benchmark.Shape(1, 1, 1, 16)
+    assert benchmark.caching_step_operations(step, read=4) == (2 + 4) * 2 * 16 * 16 + 17 * 2 * 16
+    case = next(case for case in benchmark.CASES if case.operator == "memory_caching" and case.variant.startswith("step, sparse"))
+    tensors = case.inputs(step, torch.randn)
+    size = {name: 4 * tensor.numel() for name, tensor in tensors.items()}
+    assert case.input_bytes(tensors) == sum(size.values()) - size["state.cached"] * 12 / 16
