@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
         save(dial, options.out / JSON)
         print(*against_attention(dial), sep="\n")
         draw(dial, options.out / PICTURE)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # without matplotlib the figures are kept all the same
         print(f"memory_caching_dial: {error}", file=sys.stderr)
         return 1
     print(f"written: {options.out / JSON}, {options.out / PICTURE}")

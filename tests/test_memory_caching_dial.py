@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(command, tmp_path, capsys):
     assert command("--out", str(tmp_path / "file")) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_figures_are_kept_without_matplotlib(command, tmp_path, monkeypatch, capsys):
+    measured = json.loads((SCRIPT.parents[1] / "benchmarks" / "memory_caching" / dial.JSON).read_text())
+    monkeypatch.setattr(dial, "measure", lambda *arguments: measured)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert command() == 1
+    assert capsys.readouterr().err == "memory_caching_dial: import of matplotlib halted; None in sys.modules\n"
+    assert json.loads((tmp_path / dial.JSON).read_text()) == measured
+    assert [path.name for path in tmp_path.iterdir()] == [dial.JSON]
