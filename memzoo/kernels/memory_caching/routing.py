@@ -36,13 +36,13 @@ def describe(routing: str, pool: Tensor, segment_length: int) -> Tensor:
     """Descriptor of a whole segment from its pool [..., rows, R]: [..., R] for mean, else of the pool's shape."""
     if routing == "energy":
         return pool
-    size = block_size(segment_length, pool.shape[-2])
-    counts = [max(0, min(size, segment_length - s * size)) for s in range(pool.shape[-2])]
-    last = sum(count > 0 for count in counts) - 1
-    # A segment shorter than its blocks leaves some empty: they repeat the last one, which changes no maximum.
-    means = pool / pool.new_tensor([max(count, 1) for count in counts])[:, None]
-    if last < len(counts) - 1:
-        means = means[..., [min(s, last) for s in range(len(counts))], :]
+    blocks = pool.shape[-2]
+    size = block_size(segment_length, blocks)
+    place = torch.arange(blocks, device=pool.device)
+    means = pool / (segment_length - size * place).clamp(1, size)[:, None]
+    last = (segment_length - 1) // size
+    if last < blocks - 1:  # a segment shorter than its blocks leaves some empty: they repeat the last one, which changes no maximum
+        means = means.index_select(-2, place.clamp(max=last))
     return means if routing == "submax" else means.squeeze(-2)
 
 
