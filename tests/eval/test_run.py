@@ -177,6 +177,18 @@ def test_a_model_in_memory_and_one_in_a_folder_score_the_same(folders, tmp_path)
     assert fingerprint(again) != fingerprint(tiny("sdnc"))
 
 
+def test_a_model_with_its_memories_cached_is_another_one(folders, tmp_path):
+    folder, options = folders["linear-transformer"], {"lengths": [300], "limit": 2}
+    plain = evaluate([folder], ["ppl_by_length"], tmp_path, **options)
+    cached = evaluate([folder], ["ppl_by_length"], tmp_path, cache_segments=64, **options)
+    assert cached[0]["model"]["name"] == plain[0]["model"]["name"] + " + average 64" and cached[0]["id"] != plain[0]["id"]
+    # Sums of keys and values start anew every 64 tokens and are averaged: the same quotient, and twice the state, the sum beside the open one.
+    assert cached[0]["value"] == pytest.approx(plain[0]["value"], rel=1e-4)
+    assert cached[0]["state_bytes"] > plain[0]["state_bytes"]
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no recurrent memory"):
+        evaluate([folders["llama"]], ["ppl_by_length"], tmp_path, cache_segments=64, **options)
+
+
 def test_the_run_beside_a_checkpoint_says_its_tokens(folders, tmp_path):
     final = tmp_path / "my-run" / "final"
     final.parent.mkdir()
