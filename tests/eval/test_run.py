@@ -182,7 +182,7 @@ def test_a_model_with_its_memories_cached_is_another_one(folders, tmp_path):
     plain = evaluate([folder], ["ppl_by_length"], tmp_path, **options)
     cached = evaluate([folder], ["ppl_by_length"], tmp_path, cache_segments=64, **options)
     assert cached[0]["model"]["name"] == plain[0]["model"]["name"] + " + average 64" and cached[0]["id"] != plain[0]["id"]
-    # Sums of keys and values start anew every 64 tokens and are averaged: the same quotient, and twice the state, the sum beside the open one.
+    # Sums of keys and values start anew every 64 tokens and are averaged: the same quotient. The sum is kept beside the open segment's.
     assert cached[0]["value"] == pytest.approx(plain[0]["value"], rel=1e-4)
     assert cached[0]["state_bytes"] > plain[0]["state_bytes"]
     with pytest.raises(ValueError, match="LlamaForCausalLM has no recurrent memory"):
