@@ -131,6 +131,26 @@ def test_logarithmic_segments(routing):
     assert_close(y, memory_caching(**args, **options, implementation="reference")[0], 2e-5)
 
 
+@pytest.mark.parametrize(("aggregation", "routing"), [("gated", "submax"), ("sparse", "energy")])
+def test_one_graph_meta_tensors_and_training_after_inference(aggregation, routing):
+    args = example(1, 25)
+    options = choice(aggregation, routing, segment_length=7, output_final_state=True, implementation="triton")
+
+    def loss(**tensors):
+        y, state = memory_caching(**tensors, **options)
+        return y.sum() + state.memory.sum()
+
+    y, state = memory_caching(**{name: t.to("meta") for name, t in args.items()}, **options)
+    assert y.shape == args["v"].shape and y.device.type == "meta" and state.cached[0].shape == (1, 3, 1, 16, 24)
+    with torch.inference_mode():
+        loss(**args)  # plans are kept for later calls, which may need gradients
+    tensors = {name: t.clone().requires_grad_() for name, t in args.items()}
+    expected = torch.autograd.grad(loss(**tensors), list(tensors.values()))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for actual, e in zip(torch.autograd.grad(compiled(**tensors), list(tensors.values())), expected):
+        assert_close(actual, e)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("restart", [True, False])
 @pytest.mark.parametrize(("aggregation", "routing"), CASES)

@@ -94,7 +94,8 @@ def make_plan(
 @functools.lru_cache(maxsize=256)
 def _on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
     """A list of numbers on a device, copied there once."""
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
+    with torch.inference_mode(False):  # what is kept must serve a training step too
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def _numbers(value: int | Tensor, count: int) -> tuple[int, ...]:
