@@ -226,7 +226,7 @@ def draw(runs: list[dict], path: Path) -> None:
         states.set(
             xlabel="state after one sequence, KiB (float32, all layers)",
             ylabel="final accuracy",
-            title=f"{of}: mean and range over seeds",
+            title="mean and range over seeds",
         )
         states.set_xscale("log", base=2)
         states.xaxis.set_major_formatter("{x:g}")
