@@ -103,6 +103,8 @@ class MemoryLM(HFLM):
         model = self.model
         if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "_supports_default_dynamic_cache"):
             return False
+        if getattr(model.config, "segmentation", None) == "log":  # segments that depend on the whole length
+            return False
         from ..models.base import MemzooPreTrainedModel
 
         taken = inspect.signature(model.forward).parameters

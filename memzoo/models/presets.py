@@ -64,6 +64,12 @@ _CACHED = {
 }
 _SHORT_SEGMENTS = {"segment_length": 32, "chunk_size": 16}
 
+
+def _smaller(fields: dict[str, Any]) -> dict[str, Any]:
+    """What keeps single sizes near their names: an LSTM's or a GRU's gates are more than four projections."""
+    return {"760m": {"intermediate_size": 3584}} if fields.get("memory") in ("lstm", "gru") else {}
+
+
 # Family: model type, what it adds to every size, and what it changes in single sizes.
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "sdnc": ("sdnc", {}, {}),
@@ -77,7 +83,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "linear-transformer-gated-delta": ("linear_transformer", {**_DELTA, "write_rule": "gated_delta", "output_gate": True}, {}),
     "titans-lmm": ("titans", {"variant": "lmm"}, {"tiny": _SHORT}),
     **{f"titans-{variant}": ("titans", {"variant": variant}, _BESIDE_ATTENTION) for variant in ("mac", "mag", "mal")},
-    **{f"mc-{name}": ("mc_rnn", fields, {"tiny": _SHORT_SEGMENTS}) for name, fields in _CACHED.items()},
+    **{f"mc-{name}": ("mc_rnn", fields, {"tiny": _SHORT_SEGMENTS, **_smaller(fields)}) for name, fields in _CACHED.items()},
 }
 
 

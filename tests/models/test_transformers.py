@@ -11,6 +11,7 @@ from checks import assert_close
 
 import memzoo
 from memzoo.models.cache import MemoryCache
+from memzoo.models.mc_rnn.configuration_mc_rnn import VECTORS
 
 every_model = pytest.mark.parametrize("name", zoo.NAMES)
 
@@ -256,11 +257,8 @@ def test_lora_trains_on_the_linear_layers(name):
     peft = pytest.importorskip("peft", reason="the dev extra installs peft")
     model = peft.get_peft_model(zoo.model(name), peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     adapted = {n.split(".lora_A")[0].rsplit(".", 1)[-1] for n, _ in model.named_parameters() if "lora_A" in n}
-    memory = (
-        {"q_proj", "k_proj", "v_proj", "o_proj"}
-        if hasattr(model.model.model.layers[0].mixer, "v_proj")
-        else {"gates_proj", "o_proj"}
-    )
+    vector = getattr(model.config, "memory", None) in VECTORS
+    memory = {"gates_proj", "o_proj"} if vector else {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert memory | {"gate_proj", "up_proj", "down_proj"} <= adapted
     ids = prompt(2, 8)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -86,7 +86,7 @@ def neural_memory(
     check_device(OP, "q", q, cu_seqlens=cu_seqlens)
     if initial_state is not None:
         initial_state = check_neural_memory_state(
-            OP, initial_state, weights, sequence_count(cu_seqlens, batch), chunk_size, "initial_state"
+            OP, initial_state, weights, sequence_count(cu_seqlens, batch), chunk_size, "initial_state", q
         )
     dtype = torch.promote_types(q.dtype, torch.float32)
     held = ()
@@ -161,7 +161,7 @@ def _check_weights(op: str, weights: Sequence[Tensor], heads: int, dim: int, val
 
 
 def check_neural_memory_state(
-    op: str, state: NeuralMemoryState, weights: tuple[Tensor, ...], count: int, chunk_size: int, argument: str
+    op: str, state: NeuralMemoryState, weights: tuple[Tensor, ...], count: int, chunk_size: int, argument: str, q: Tensor
 ) -> NeuralMemoryState:
     """The state of `count` sequences; raises, naming `argument`, unless it fits these weights."""
     if not isinstance(state, tuple) or len(state) != len(NeuralMemoryState._fields):
@@ -173,7 +173,7 @@ def check_neural_memory_state(
         for i, (have, weight) in enumerate(zip(part, weights)):
             check_shape(op, f"{argument}.{name}[{i}]", have, (count, *weight.shape), "[N, H, Din, Dout]")
             check_float(op, **{f"{argument}.{name}[{i}]": have})
-            check_device(op, "weights[0]", weights[0], **{f"{argument}.{name}[{i}]": have})
+            check_device(op, "q", q, **{f"{argument}.{name}[{i}]": have})
     check_tensor(op, f"{argument}.position", state.position)
     check_shape(op, f"{argument}.position", state.position, (count,), "[N]")
     if state.position.dtype not in (torch.int32, torch.int64):

@@ -86,11 +86,11 @@ def neural_memory_caching(
     count = sequence_count(cu_seqlens, batch)
     dtype = torch.promote_types(q.dtype, torch.float32)
     if start is not None:
-        start = map_tensors(check_neural_memory_state(OP, start, weights, 1, chunk_size, "start"), lambda x: _wide(x, dtype))
+        start = map_tensors(check_neural_memory_state(OP, start, weights, 1, chunk_size, "start", q), lambda x: _wide(x, dtype))
     if initial_state is not None:
         shapes = [tuple(w.shape) for w in weights]
         initial_state = check_state(OP, initial_state, caching, False, count, shapes, u, q, online=False)
-        check_neural_memory_state(OP, initial_state.memory, weights, count, chunk_size, "initial_state.memory")
+        check_neural_memory_state(OP, initial_state.memory, weights, count, chunk_size, "initial_state.memory", q)
     chosen = resolve_implementation(OP, implementation, q)
     by_layer = caching.aggregation in ("soup", "average")
     if chosen == "triton" and by_layer:

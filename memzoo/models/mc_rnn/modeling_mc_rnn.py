@@ -1,6 +1,7 @@
 """Recurrent models with a cache of memories: a matrix, an MLP or a vector a head in every block of the shared stack (arXiv 2602.24281)."""
 
 import logging
+from typing import Any
 
 from torch import nn
 
@@ -90,6 +91,12 @@ class MemoryCachingForCausalLM(MemzooForCausalLM):
         finally:
             logger.setLevel(level)
         self.generation_config.top_k = None
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' generate; with logarithmic segments, which keep no state, every new token reads the whole text again."""
+        if self.config.segmentation == "log":
+            kwargs["use_cache"] = False
+        return super().generate(*args, **kwargs)
 
 
 __all__ = ["MemoryCachingConfig", "MemoryCachingForCausalLM", "MemoryCachingModel"]
