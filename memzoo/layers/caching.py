@@ -137,15 +137,16 @@ class Router(nn.Module):
 
     def read_scale(self) -> Tensor | None:
         """[num_heads, 1], where connectors are the queries times this: read with them and divide, and both come from one sweep."""
-        if self.routing != "energy" or self.project is not None:
-            return None
+        return self._root_tau() if self.routing == "energy" and self.project is None else None
+
+    def _root_tau(self) -> Tensor:
         return (wide(self.log_tau) / 2).exp()[:, None]
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.project is not None:
             q, k = (torch.einsum("bthd,hdr->bthr", t, self.project.to(t.dtype)) for t in (q, k))
         if self.routing == "energy":
-            return (wide(self.log_tau) / 2).exp()[:, None].to(q.dtype) * q, k
+            return self._root_tau().to(q.dtype) * q, k
         return self.u_proj(x).unflatten(-1, (self.num_heads, -1)), k
 
     def init_weights(self, init: Any) -> None:
